@@ -1,0 +1,145 @@
+"""Embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+from singd.layers.base import Approx, LayerKind, layer_name
+from singd.layers.rows import DenseRows, Rows
+
+
+class OneHotRows(Rows):
+    """One row per token: the unit vector of its index, or zero for `skip`.
+
+    A^T A is the diagonal matrix of token counts: only `matrix` needs the m x V numbers.
+
+    Args:
+        tokens: Integers [m] in [0, vocabulary).
+        vocabulary: V, the width.
+        dtype: The dtype of all answers.
+        skip: The index whose rows are zero, or None.
+    """
+
+    def __init__(
+        self, tokens: Tensor, vocabulary: int, dtype: torch.dtype, skip: int | None = None
+    ) -> None:
+        self._tokens, self._vocabulary, self._dtype, self._skip = tokens, vocabulary, dtype, skip
+
+    @property
+    def count(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def width(self) -> int:
+        return self._vocabulary
+
+    def squares(self) -> Tensor:
+        # Not bincount, which is not deterministic on every device; counted in float32 at least,
+        # because adding ones stops at 256 in bfloat16.
+        wide = torch.promote_types(self._dtype, torch.float32)
+        counts = torch.zeros(self._vocabulary, dtype=wide, device=self._tokens.device)
+        counts.index_add_(0, self._tokens, torch.ones_like(self._tokens, dtype=wide))
+        return self._without_skip(counts).to(self._dtype)
+
+    def sums(self) -> Tensor:
+        return self.squares()
+
+    def gram(self) -> Tensor:
+        return self.squares().diag()
+
+    def matrix(self) -> Tensor:
+        return self._without_skip(F.one_hot(self._tokens, self._vocabulary).to(self._dtype))
+
+    def tmm(self, Y: Tensor) -> Tensor:
+        out = Y.new_zeros(self._vocabulary, Y.shape[1]).index_add_(0, self._tokens, Y)
+        return self._without_skip(out.T).T
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        wanted = torch.arange(start, stop, device=self._tokens.device)
+        hit = self._tokens[:, None] == wanted
+        if self._skip is not None:
+            hit &= wanted != self._skip
+        return hit.to(self._dtype)
+
+    def block_gram(self, k: int) -> tuple[Tensor, Tensor]:
+        squares = self.squares()
+        whole = self.width - self.width % k
+        return torch.diag_embed(squares[:whole].unflatten(0, (whole // k, k))), squares[
+            whole:
+        ].diag()
+
+    def _without_skip(self, t: Tensor) -> Tensor:
+        """Zero the skipped column of t [..., V], in place."""
+        if self._skip is not None:
+            t[..., self._skip] = 0
+        return t
+
+
+class EmbeddingKind(LayerKind):
+    """`nn.Embedding`: a linear layer on one-hot rows, its matrix the transposed weight [D, V].
+
+    Different positions of a sequence pick different rows of the weight, which do not interact: a mean
+    of one-hot rows would couple tokens that only happen to be neighbours. "reduce" therefore has no
+    meaning here: every token is a row of its own on both sides, as with "expand".
+    Tokens at `padding_idx` have no gradient: their rows are zero on both sides, but counted.
+    `max_norm` changes the weight in the forward, which is no business of the statistics.
+    """
+
+    input_structure = "diagonal"
+
+    def supports(self, layer: nn.Embedding) -> str | None:
+        """See `LayerKind.supports`.
+
+        Raises:
+            ValueError: The layer has `sparse=True`: no factor and no fallback can use its gradient.
+        """
+        if layer.sparse:
+            raise ValueError(
+                f"{layer_name(layer)} makes sparse gradients, which SINGD cannot use; "
+                "choose sparse=False."
+            )
+        if layer.scale_grad_by_freq:
+            return "scale_grad_by_freq=True"
+        return super().supports(layer)
+
+    def inputs(self, layer: nn.Embedding, x: Tensor) -> Tensor:
+        one_hot = OneHotRows(
+            x.flatten(), layer.num_embeddings, layer.weight.dtype, layer.padding_idx
+        ).matrix()
+        return one_hot.unflatten(0, self._batch_and_shared(x))
+
+    def grads(self, layer: nn.Embedding, g: Tensor) -> Tensor:
+        return g.reshape(*self._batch_and_shared(g[..., 0]), g.shape[-1])
+
+    def weight_to_matrix(self, layer: nn.Embedding, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def matrix_to_weight(self, layer: nn.Embedding, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def input_rows(
+        self,
+        layer: nn.Embedding,
+        x: Tensor,
+        *,
+        approx: Approx,
+        bias: bool,
+        dtype: torch.dtype,
+        output_shape: Size | None = None,
+    ) -> Rows:
+        return OneHotRows(x.flatten(), layer.num_embeddings, dtype, layer.padding_idx)
+
+    def grad_rows(
+        self, layer: nn.Embedding, g: Tensor, x: Tensor, *, approx: Approx, dtype: torch.dtype
+    ) -> Rows:
+        g = g.to(dtype)
+        if layer.padding_idx is not None:
+            g = g.masked_fill((x == layer.padding_idx).unsqueeze(-1), 0)
+        return DenseRows(g.reshape(x.numel(), g.shape[-1]))
+
+    @staticmethod
+    def _batch_and_shared(tokens: Tensor) -> tuple[int, int]:
+        """The token tensor's shape as (B, S); a lone token is a batch of one."""
+        return (tokens.shape[0], tokens.shape[1:].numel()) if tokens.ndim else (1, 1)
