@@ -1,0 +1,113 @@
+"""What goes into a checkpoint, what may be loaded from one, and how the factors keep their dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from singd import options
+from singd.blocks import SIDES, Block
+
+if TYPE_CHECKING:
+    from singd.optimizer import SINGD
+
+FACTORS = ("K", "C", "m_K", "m_C")
+
+
+def pack(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot of torch's state dict: tensors copied, options as plain values."""
+    state = {
+        index: {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
+        for index, entry in state_dict["state"].items()
+    }
+    return {
+        **state_dict,
+        "state": state,
+        "param_groups": [options.saved(group) for group in state_dict["param_groups"]],
+    }
+
+
+def _pairs(optimizer: SINGD, state_dict: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
+    """(parameter, its saved state, its saved group), matched by position as torch does."""
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for index, p in zip(saved["params"], group["params"], strict=True):
+            yield p, state_dict["state"].get(index, {}), saved
+
+
+def check(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
+    """Refuse what doesn't fit, before anything is changed.
+
+    Raises:
+        ValueError: In one sentence that names the layer or the group.
+    """
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The checkpoint has groups of {sizes[1]} parameters, but this optimizer has groups of {sizes[0]}."
+        )
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        if saved.get("format", options.FORMAT) > options.FORMAT:
+            raise ValueError(
+                f"The checkpoint has format {saved['format']}; this version of singd reads up to {options.FORMAT}."
+            )
+        if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
+            raise ValueError(
+                f"Group {i} of the checkpoint is trained by {saved['algorithm']!r}, "
+                f"but by {group['algorithm']!r} in this optimizer."
+            )
+    blocks = {b.weight: b for b in optimizer._blocks if b.active}
+    for p, state, saved in _pairs(optimizer, state_dict):
+        name = optimizer._names[p]
+        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            if key in state and tuple(state[key].shape) != tuple(p.shape):
+                raise ValueError(
+                    f"The checkpoint's {key} of {name!r} has shape {tuple(state[key].shape)}, "
+                    f"but the parameter has {tuple(p.shape)}."
+                )
+        if p in blocks:
+            _check_block(blocks[p], state, saved)
+
+
+def _check_block(block: Block, state: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    mine = tuple(s.name for s in options.resolve(block.group["structures"]))
+    theirs = tuple(saved.get("structures", mine))
+    if theirs != mine:
+        raise ValueError(
+            f"The checkpoint has structures {theirs} for layer {block.name!r}, but this optimizer has {mine}."
+        )
+    for key in FACTORS:
+        expected = block.blueprint(key[-1]).numel
+        if state and (key not in state or state[key].numel() != expected):
+            found = f"{state[key].numel()} numbers" if key in state else "nothing"
+            raise ValueError(
+                f"The checkpoint has {found} for {key} of layer {block.name!r}, which needs {expected}."
+            )
+
+
+def complete(optimizer: SINGD, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the options that it does not hold (callables, structures with code of their own)."""
+    groups = []
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        mine = {name: value for name, value in group.items() if name != "params"}
+        groups.append({**mine, **saved, "structures": group["structures"]})
+    return {**state_dict, "param_groups": groups}
+
+
+def restore_dtypes(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
+    """Put the factors back as saved: torch casts every floating-point state to the parameter's dtype."""
+    for p, state, _ in _pairs(optimizer, state_dict):
+        for key in FACTORS:
+            if key in state:
+                optimizer.state[p][key] = state[key].to(p.device, copy=True)
+
+
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors in a parameter's state."""
+    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
+
+
+__all__ = ["FACTORS", "SIDES", "check", "complete", "pack", "restore_dtypes", "state_bytes"]

@@ -1,0 +1,521 @@
+"""SINGD as a ``torch.optim.Optimizer``: groups, hooks and the step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from singd import checkpoint, options, report
+from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
+from singd.statistics import Statistics, added, gather, watch
+from singd.structures import StructuredMatrix
+from singd.update import moved_factor, natural_gradient, riemannian_momenta
+
+
+class Factors(NamedTuple):
+    """The preconditioner of one layer: its factors and their Riemannian momenta."""
+
+    K: StructuredMatrix
+    C: StructuredMatrix
+    m_K: StructuredMatrix
+    m_C: StructuredMatrix
+
+
+class SINGD(torch.optim.Optimizer):
+    r"""Structured inverse-free natural gradient descent.
+
+    For a layer with weight matrix :math:`W` (the bias as its last column), inputs :math:`a` and output
+    gradients :math:`g`, with :math:`U = \mathbb{E}[a a^\top]` and :math:`G = \mathbb{E}[g g^\top]`:
+
+    .. math::
+        \begin{aligned}
+        &\textbf{every } T \textbf{ steps, from the old } K, C: \\
+        &\quad H_K = P(K^\top U K), \qquad H_C = P(C^\top G C) \\
+        &\quad m_K \leftarrow \alpha_1 m_K + \tfrac12 [\operatorname{tr}(H_C) H_K
+            + \lambda \operatorname{tr}(C^\top C) P(K^\top K) - I] \\
+        &\quad m_C \leftarrow \alpha_1 m_C + \tfrac12 [\operatorname{tr}(H_K) H_C
+            + \lambda \operatorname{tr}(K^\top K) P(C^\top C) - I] \\
+        &\quad K \leftarrow K - \beta_1 K m_K, \qquad C \leftarrow C - \beta_1 C m_C \\
+        &\textbf{every step}: \\
+        &\quad N = C C^\top\, \nabla_W \ell\; K K^\top + \gamma W \\
+        &\quad M \leftarrow \alpha_2 M + N, \qquad W \leftarrow W - \beta_2 M
+        \end{aligned}
+
+    :math:`P` projects onto the structure, :math:`\operatorname{tr}` is the average trace. Parameters that
+    are in no supported layer (norms, loose parameters, ...) train with AdamW, in a group of their own.
+
+    Args:
+        model: The model that is trained; its layers get forward hooks.
+        params: Parameters or groups, as for any optimizer. None: all trainable ones of the model.
+        lr: Step size on the weights, :math:`\beta_2`.
+        momentum: Momentum on the weights, :math:`\alpha_2`.
+        damping: Damping :math:`\lambda`.
+        alpha1: Riemannian momentum :math:`\alpha_1` on the factors.
+        weight_decay: :math:`\gamma`, added to the natural gradient.
+        T: The factors are updated at steps 0, T, 2T, ...
+        loss_average: What the loss averages over: None, "batch" or "batch+sequence".
+        lr_cov: Step size on the factors :math:`\beta_1`: a number, or a callable of the step count.
+        structures: The structures of K and C: names, or what :func:`singd.structures.structure` takes.
+        kfac_approx: How layers with weight sharing are treated: "expand" or "reduce".
+        warn_unsupported: Whether to warn of parameters that are left out (``fallback=None``).
+        kfac_like: IKFAC: no coupling between K and C, and no Riemannian momentum.
+        preconditioner_dtype: The factors' dtype, or a pair for K and C; None: the weight's.
+        normalize_lr_cov: Normalise the factors' step by the largest entry of its momentum.
+        fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); None: leave
+            them out.
+        grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
+
+    Raises:
+        TypeError: For an option of the wrong type.
+        ValueError: For an option out of range, or a parameter that isn't the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        alpha1: float = 0.5,
+        weight_decay: float = 0.0,
+        T: int = 10,
+        loss_average: str | None = "batch",
+        lr_cov: float | Callable[[int], float] = 1e-2,
+        structures: tuple[Any, Any] = ("dense", "dense"),
+        kfac_approx: str = "expand",
+        warn_unsupported: bool = True,
+        kfac_like: bool = False,
+        preconditioner_dtype: Any = None,
+        normalize_lr_cov: bool = False,
+        *,
+        fallback: Mapping[str, Any] | None = options.ADAMW,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            damping=damping,
+            alpha1=alpha1,
+            weight_decay=weight_decay,
+            T=T,
+            loss_average=loss_average,
+            lr_cov=lr_cov,
+            structures=structures,
+            kfac_approx=kfac_approx,
+            kfac_like=kfac_like,
+            preconditioner_dtype=preconditioner_dtype,
+            normalize_lr_cov=normalize_lr_cov,
+            algorithm="singd",
+            format=options.FORMAT,
+        )
+        options.check_singd(defaults)
+        self._fallback = options.fallback_options(fallback)
+        model = unwrapped(model)
+        self._slots = find_slots(model)
+        self._blocks, self._reasons = find_blocks(model)
+        self._names = {p: n for n, p in model.named_parameters()}
+        self._statistics: dict[Block, Statistics] = {}
+        self._warned: set[Block] = set()
+        self.grad_scaler = grad_scaler
+        if params is None:
+            groups = self._everything(model, warn_unsupported)
+        else:
+            params = list(params)
+            groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        groups = [{**g, "params": _as_list(g.get("params", ()))} for g in groups]
+        self._announced = {p for g in groups for p in map(_parameter, g["params"])}
+        super().__init__(groups, defaults)
+        self._announced = set()
+
+    # -- groups ----------------------------------------------------------------------------------
+
+    def _everything(self, model: nn.Module, warn_unsupported: bool) -> list[dict[str, Any]]:
+        """One group of all trainable parameters (``add_param_group`` splits off the fallback's)."""
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if self._fallback is not None:
+            return [{"params": trainable}]
+        ours = {p for b in self._blocks if b.weight.requires_grad for p in (b.weight, b.own_bias)}
+        left = [self._names[p] for p in trainable if p not in ours]
+        if left and warn_unsupported:
+            warnings.warn(
+                f"SINGD leaves out parameters that are in no supported layer: {', '.join(left)}.",
+                stacklevel=3,
+            )
+        return [{"params": [p for p in trainable if p in ours]}]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; those that SINGD can't precondition go to a fallback group of their own.
+
+        Args:
+            param_group: As for any optimizer. ``algorithm="adamw"`` sends all of it to the fallback.
+
+        Raises:
+            TypeError: For an option of the wrong type.
+            ValueError: For an option out of range or a parameter that isn't the model's.
+        """
+        group = {**param_group, "params": _as_list(param_group["params"])}
+        options.check_singd({**self.defaults, **group})
+        algorithm = group.get("algorithm", "singd")
+        if algorithm not in options.ALGORITHMS:
+            choices = ", ".join(map(repr, options.ALGORITHMS))
+            raise ValueError(f"algorithm must be one of {choices}, got {algorithm!r}.")
+        for p in map(_parameter, group["params"]):
+            if p not in self._names:
+                raise ValueError(
+                    f"A parameter of shape {tuple(getattr(p, 'shape', ()))} isn't one of the model's."
+                )
+        ours, rest = self._split(group["params"], algorithm)
+        if rest and self._fallback is None and algorithm != "adamw":
+            names = ", ".join(self._names[_parameter(p)] for p in rest)
+            raise ValueError(
+                f"SINGD can't precondition {names}, and fallback=None leaves them no other algorithm."
+            )
+        if rest:
+            adam = {**(self._fallback or options.ADAMW), "algorithm": "adamw"}
+            if algorithm == "adamw":
+                adam |= group
+            options.check_adamw(adam)
+        if ours or not rest:
+            super().add_param_group({**group, "params": ours})
+        if rest:
+            super().add_param_group({**group, **adam, "params": rest})
+        handed = set(map(_parameter, ours))
+        for block in self._blocks:
+            block.active |= block.weight in handed
+            if block.own_bias in handed:
+                block.bias = block.own_bias
+            if block.active:
+                for layer in block.modules:
+                    watch(layer, self)
+        self._index()
+
+    def _split(self, params: list[Any], algorithm: str) -> tuple[list[Any], list[Any]]:
+        """Parameters that get a Kronecker-factored block, and all others."""
+        handed = set(map(_parameter, params)) | self._announced
+        handed |= {p for g in self.param_groups if g["algorithm"] == "singd" for p in g["params"]}
+        ours = set()
+        if algorithm == "singd":
+            for block in self._blocks:
+                if block.weight not in handed:
+                    continue
+                if block.own_bias in set(map(_parameter, params)) and block.frozen_shape:
+                    raise ValueError(
+                        f"The bias of layer {block.name!r} can't join its matrix after the first step; "
+                        "add it with algorithm='adamw', or build SINGD with it."
+                    )
+                ours |= {block.weight, block.own_bias}
+        split: tuple[list[Any], list[Any]] = ([], [])
+        for p in params:
+            split[_parameter(p) not in ours].append(p)
+        return split
+
+    def _index(self) -> None:
+        """Look up once what hooks and steps need: each block's group and each layer's block."""
+        group_of = {p: g for g in self.param_groups for p in g["params"]}
+        self._block_of = {}
+        for block in self._blocks:
+            if block.active and block.weight in group_of:
+                block.group = group_of[block.weight]
+                self._block_of.update(dict.fromkeys(block.modules, block))
+
+    def _follow(self) -> None:
+        """Take up parameters that were replaced in the model, e.g. by ``load_state_dict(assign=True)``."""
+        for slot in self._slots:
+            old, new = slot.param, slot.current()
+            if new is None or new is old or (hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")):
+                continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
+            slot.param = new
+            if old not in self._names:
+                continue  # a tied one, already replaced
+            self._names[new] = self._names.pop(old)
+            if old in self.state:
+                self.state[new] = self.state.pop(old)
+            for group in self.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            for block in self._blocks:
+                for name in ("weight", "bias", "own_bias"):
+                    if getattr(block, name) is old:
+                        setattr(block, name, new)
+        self._index()
+
+    # -- statistics --------------------------------------------------------------------------------
+
+    def _due(self, layer: nn.Module) -> Block | None:
+        """The layer's block if its factors are updated in this step."""
+        block = self._block_of.get(layer)
+        if block is None:
+            return None
+        step = self.state[block.weight].get("step", 0) if block.weight in self.state else 0
+        return block if step % block.group["T"] == 0 else None
+
+    @torch.no_grad()
+    def _gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
+        scale = None
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            scale = self.grad_scaler.scale(torch.ones((), device=g.device))
+        with torch.autocast(g.device.type, enabled=False):
+            new = gather(block, layer, self._factor(block, "K"), self._factor(block, "C"), x, g, scale)
+        old = self._statistics.get(block)
+        cleared = block.weight.grad is None and not hasattr(block.weight, "full_tensor")
+        if old is None or (cleared and old.backward != new.backward):
+            self._statistics[block] = new
+        else:
+            self._statistics[block] = added(old, new, block.group["loss_average"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients and, with them, the statistics of the same backward passes."""
+        self._follow()
+        super().zero_grad(set_to_none)
+        self._statistics.clear()
+
+    def _factor(self, block: Block, key: str) -> StructuredMatrix:
+        """A view on the state; before the first step, the identity."""
+        if block.weight not in self.state:
+            return block.identity(key)
+        return block.view(key, self.state[block.weight][key])
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step on all parameters that have a gradient.
+
+        Args:
+            closure: Re-evaluates the model, calls backward and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: If a gradient scaler steps SINGD that it wasn't built with.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_before_step()
+        self._follow()
+        directions: dict[nn.Parameter, Tensor] = {}
+        for block in self._blocks:
+            if block.active and any(p.grad is not None for p in block.params):
+                with torch.autocast(block.weight.device.type, enabled=False):
+                    directions.update(self._step_block(block))
+        self._statistics.clear()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["algorithm"] == "adamw":
+                self._step_adamw(group, params)
+            else:
+                self._step_sgd(group, params, [directions[p] for p in params])
+        return loss
+
+    def _check_before_step(self) -> None:
+        if getattr(self, "found_inf", None) is not None:  # set by a scaler for the time of its step
+            raise RuntimeError(
+                "A GradScaler steps this optimizer without being known to it, so that its statistics would "
+                "be off by the squared scale; build it with SINGD(..., grad_scaler=scaler)."
+            )
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"The gradient of {self._names[p]!r} is sparse; SINGD needs dense ones (sparse=False)."
+                    )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # False: the scaler unscales and skips, as for any optimizer. True makes an unknown scaler show itself.
+        return self.grad_scaler is None
+
+    def _step_block(self, block: Block) -> dict[nn.Parameter, Tensor]:
+        state = self.state[block.weight]
+        if "K" not in state:
+            self._initialise(block, state)
+        statistics = self._statistics.get(block)
+        if state["step"] % block.group["T"] == 0:
+            if statistics is not None:
+                self._update_factors(block, state, statistics)
+            elif block not in self._warned:
+                self._warned.add(block)
+                warnings.warn(
+                    f"Layer {block.name!r} has a gradient but its forward was not seen, so its factors stay as "
+                    "they are; build SINGD before the first call of a compiled model, and call the layer itself.",
+                    stacklevel=4,
+                )
+        state["step"] += 1
+        layer = block.modules[0]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
+        dW = block.kind.to_matrix(layer, *grads) if block.bias is not None else block.kind.to_matrix(layer, grads[0], None)
+        N = natural_gradient(self._factor(block, "K"), self._factor(block, "C"), dW)
+        parts = block.kind.from_matrix(layer, N, block.bias is not None)
+        return {p: n.to(p.dtype) for p, n in zip(block.params, parts, strict=False)}
+
+    def _initialise(self, block: Block, state: dict[str, Any]) -> None:
+        state["step"] = 0
+        state["last_update"] = -1
+        for side in SIDES:
+            eye = block.identity(side)
+            state[side] = eye.flat()
+            state["m_" + side] = torch.zeros_like(state[side])
+        block.frozen_shape = True
+
+    def _update_factors(self, block: Block, state: dict[str, Any], statistics: Statistics) -> None:
+        group = block.group
+        K, C, m_K, m_C = (self._factor(block, key) for key in checkpoint.FACTORS)
+        H_K, H_C, some = statistics.normalised()
+        new_m_K, new_m_C = riemannian_momenta(
+            *(K, C, m_K, m_C, H_K, H_C, block.identity("K"), block.identity("C")),
+            damping=group["damping"],
+            alpha1=group["alpha1"],
+            normalize=group["normalize_lr_cov"],
+            kfac_like=group["kfac_like"],
+        )
+        lr_cov = options.step_size(group["lr_cov"], state["step"])
+        normalize = group["normalize_lr_cov"]
+        new_K = moved_factor(K, new_m_K, lr_cov=lr_cov, normalize=normalize)
+        new_C = moved_factor(C, new_m_C, lr_cov=lr_cov, normalize=normalize)
+        for old, new in ((K, new_K), (C, new_C), (m_K, new_m_K), (m_C, new_m_C)):
+            for o, n in zip(old.tensors(), new.tensors(), strict=True):
+                o.copy_(torch.where(some, n, o))  # nothing finite was seen: stay
+        state["last_update"] = state["step"]
+
+    def _step_sgd(self, group: dict[str, Any], params: list[nn.Parameter], directions: list[Tensor]) -> None:
+        """The natural gradients through torch's own SGD with momentum."""
+        buffers: list[Tensor | None] = [None] * len(params)
+        if group["momentum"] != 0:
+            for i, p in enumerate(params):
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffers[i] = state["momentum_buffer"] = _beside(state["momentum_buffer"], p)
+        sgd(
+            params,  # type: ignore[arg-type]
+            directions,
+            buffers,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def _step_adamw(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+        for p in params:
+            state = self.state[p]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = _beside(state[name], p)
+        states = [self.state[p] for p in params]
+        adamw(
+            params,  # type: ignore[arg-type]
+            [p.grad for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            has_complex=any(p.is_complex() for p in params),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    # -- checkpoints and copies ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, of plain values only, and a snapshot: training on does not change it."""
+        self._follow()
+        return checkpoint.pack(super().state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As in torch, but the factors keep their own dtype, and what doesn't fit is refused.
+
+        Args:
+            state_dict: From :meth:`state_dict`; it is not changed.
+
+        Raises:
+            ValueError: If a layer's structures or shapes differ from the checkpoint's, in one sentence
+                that names the layer; nothing is loaded then.
+        """
+        self._follow()
+        checkpoint.check(self, state_dict)
+        super().load_state_dict(checkpoint.complete(self, state_dict))
+        checkpoint.restore_dtypes(self, state_dict)
+        self._statistics.clear()
+        self._index()
+        for block in self._blocks:
+            block.frozen_shape = "K" in self.state[block.weight] if block.weight in self.state else False
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_fallback", "_slots", "_blocks", "_reasons", "_names", "_warned", "_announced", "grad_scaler")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_blocks" in state:  # a copy or an unpickled optimizer, not torch's load_state_dict
+            self._statistics = {}
+            for block in self._blocks:
+                if block.active:
+                    for layer in block.modules:
+                        watch(layer, self)
+            self._index()
+
+    # -- looking inside --------------------------------------------------------------------------------
+
+    def factors(self, layer: nn.Module | str) -> Factors:
+        """A layer's preconditioner as structured matrices; copies, which training does not change.
+
+        Args:
+            layer: The layer, or its name in the model.
+
+        Raises:
+            ValueError: If SINGD doesn't precondition that layer.
+        """
+        for block in self._blocks:
+            if block.active and (layer in block.names or any(layer is m for m in block.modules)):
+                if block.weight not in self.state:
+                    zero = {s: block.identity(s) * 0.0 for s in SIDES}
+                    return Factors(block.identity("K"), block.identity("C"), zero["K"], zero["C"])
+                return Factors(*(self._factor(block, key).map(torch.clone) for key in checkpoint.FACTORS))
+        known = ", ".join(repr(n) for b in self._blocks if b.active for n in b.names)
+        raise ValueError(f"SINGD doesn't precondition layer {layer!r}; choose from {known}.")
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Diagnostics of every layer after a step, as plain numbers; see :func:`singd.report.stats`."""
+        return report.stats(self)
+
+    def __repr__(self) -> str:
+        return report.table(self)
+
+    def _repr_html_(self) -> str:
+        return report.html_table(self)
+
+
+def _parameter(p: Any) -> Any:
+    """The parameter of an entry that may be a (name, parameter) pair, as in torch."""
+    return p[1] if isinstance(p, tuple) else p
+
+
+def _as_list(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _beside(tensor: Tensor, p: Tensor) -> Tensor:
+    """State on the parameter's device and in its dtype, where a model was moved after construction."""
+    return tensor.to(device=p.device, dtype=p.dtype)

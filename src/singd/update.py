@@ -1,0 +1,89 @@
+r"""The mathematics of SINGD, one function per equation, as pure functions of structured matrices.
+
+Symbols as in the paper: :math:`K, C` are the preconditioner factors of one layer, :math:`m_K, m_C` their
+Riemannian momenta, :math:`H_K = P(K^\top U K)` and :math:`H_C = P(C^\top G C)` the projected curvature,
+and :math:`\operatorname{tr}` the *average* trace. Everything here works for any object with the interface of
+:class:`singd.structures.StructuredMatrix`; nothing is changed in place.
+
+Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from singd.structures import StructuredMatrix
+
+
+def riemannian_momenta(
+    K: StructuredMatrix,
+    C: StructuredMatrix,
+    m_K: StructuredMatrix,
+    m_C: StructuredMatrix,
+    H_K: StructuredMatrix,
+    H_C: StructuredMatrix,
+    I_K: StructuredMatrix,
+    I_C: StructuredMatrix,
+    *,
+    damping: float,
+    alpha1: float,
+    normalize: bool = False,
+    kfac_like: bool = False,
+) -> tuple[StructuredMatrix, StructuredMatrix]:
+    r"""The new momenta of both factors, from the *old* factors on both sides.
+
+    .. math::
+        m_K \leftarrow \alpha_1 m_K + \tfrac12 \left[\operatorname{tr}(H_C)\, H_K
+            + \lambda \operatorname{tr}(C^\top C)\, P(K^\top K) - I\right]
+
+    and :math:`m_C` with the roles exchanged. ``normalize`` scales the bracket by :math:`1 - \alpha_1`.
+    ``kfac_like`` (IKFAC) replaces both traces by one and :math:`\alpha_1` by zero.
+    """
+    KK, CC = K.gram(), C.gram()  # P(K^T K), P(C^T C)
+    tr_H_K: Tensor | float = 1.0
+    tr_H_C: Tensor | float = 1.0
+    tr_KK: Tensor | float = 1.0
+    tr_CC: Tensor | float = 1.0
+    if kfac_like:
+        alpha1 = 0.0
+    else:
+        tr_H_K, tr_H_C = H_K.average_trace(), H_C.average_trace()
+        tr_KK, tr_CC = KK.average_trace(), CC.average_trace()
+    scale = 0.5 * (1 - alpha1) if normalize else 0.5
+
+    new_m_K = H_K * (scale * tr_H_C) + KK * (scale * damping * tr_CC) - I_K * scale
+    new_m_C = H_C * (scale * tr_H_K) + CC * (scale * damping * tr_KK) - I_C * scale
+    if alpha1 != 0:
+        new_m_K, new_m_C = new_m_K + m_K * alpha1, new_m_C + m_C * alpha1
+    return new_m_K, new_m_C
+
+
+def moved_factor(
+    K: StructuredMatrix, m_K: StructuredMatrix, *, lr_cov: float, normalize: bool = False
+) -> StructuredMatrix:
+    r"""One step on a factor, :math:`K \leftarrow K - \beta_1 K m_K`.
+
+    ``normalize`` divides the step by :math:`\max(1, \max_{ij} |m_{K,ij}|)`.
+    """
+    step: Tensor | float = lr_cov
+    if normalize:
+        step = lr_cov / m_K.max_abs().clamp(min=1.0)
+    return K - (K @ m_K) * step
+
+
+def natural_gradient(K: StructuredMatrix, C: StructuredMatrix, dW: Tensor) -> Tensor:
+    r"""The natural gradient :math:`N = C C^\top \, dW \, K K^\top` of a layer.
+
+    Args:
+        K: The input factor, ``d_i`` x ``d_i``.
+        C: The output-gradient factor, ``d_o`` x ``d_o``.
+        dW: The gradient as a matrix, ``[d_o, d_i]``, of any dtype.
+
+    Returns:
+        ``[d_o, d_i]`` in the dtype of ``C``.
+    """
+    right = K.outer(dW.mT.to(K.dtype)).mT  # dW K K^T
+    return C.outer(right.to(C.dtype))
