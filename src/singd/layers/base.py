@@ -100,13 +100,10 @@ class LayerKind(ABC):
         Returns:
             Rows [m, d_i].
         """
-        rows: Rows
         a = self.inputs(layer, x)
-        if approx == "expand":
-            rows = DenseRows(a.to(dtype))
-        else:
-            # A mean over no positions is not a row: such a forward has no rows.
-            rows = DenseRows(a.mean(1, dtype=dtype) if a.shape[1] else a[:0, 0].to(dtype))
+        # The mean over no positions is not a number: such a forward has no rows.
+        mean = approx == "reduce" and a.shape[1] > 0
+        rows = DenseRows(a.mean(1, dtype=dtype) if mean else a.to(dtype))
         return WithOnes(rows) if bias else rows
 
     def grad_rows(

@@ -80,9 +80,9 @@ class OneHotRows(Rows):
 class EmbeddingKind(LayerKind):
     """`nn.Embedding`: a linear layer on one-hot rows, its matrix the transposed weight [D, V].
 
-    Different positions of a sequence pick different rows of the weight, which do not interact: a mean
-    of one-hot rows would couple tokens that only happen to be neighbours. "reduce" therefore has no
-    meaning here: every token is a row of its own on both sides, as with "expand".
+    Different positions of a sequence pick different rows of the weight, which do not interact: a
+    mean of one-hot rows would couple tokens that only happen to be neighbours. "reduce" therefore
+    has no meaning here: every token is a row of its own on both sides, as with "expand".
     Tokens at `padding_idx` have no gradient: their rows are zero on both sides, but counted.
     `max_norm` changes the weight in the forward, which is no business of the statistics.
     """

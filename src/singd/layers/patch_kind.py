@@ -47,7 +47,8 @@ class PatchKind(LayerKind):
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
         patches = self.patches(layer, x, x.dtype)
-        return patches.matrix().unflatten(0, (-1, Size(patches.positions).numel()))
+        shared = Size(patches.positions).numel()
+        return patches.matrix().unflatten(0, (patches.count // shared, shared))
 
     def grads(self, layer: Any, g: Tensor) -> Tensor:
         batched = g if g.ndim == len(layer.kernel_size) + 2 else g[None]
