@@ -1,0 +1,258 @@
+"""The interface of a structured matrix, and all that follows from its few primitives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from singd.structures import picture
+
+Self = TypeVar("Self", bound="StructuredMatrix")
+
+
+class RowsLike(Protocol):
+    """A matrix [m, n] that answers questions about its Gram matrix (see ``singd.layers.Rows``)."""
+
+    @property
+    def count(self) -> int: ...
+    def matrix(self) -> Tensor: ...
+    def gram(self) -> Tensor: ...
+    def squares(self) -> Tensor: ...
+    def block_gram(self, k: int) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(eq=False, repr=False)
+class StructuredMatrix(ABC):
+    r"""A square matrix of a set that is closed under addition, scaling and multiplication and contains I.
+
+    A subclass is a dataclass whose fields are tensors or other structured matrices. It defines ``eye``,
+    ``n``, ``mm``, ``tmm``, ``compose``, ``project`` and ``trace``; everything else is derived here, and
+    overridden only for speed. The law of every projection, for symmetric :math:`N`:
+
+    .. math:: \tfrac12 P(N) = \operatorname{arg\,min}_{M} \lVert (M + M^\top) - N \rVert_F
+        \quad\text{over members } M .
+    """
+
+    # -- the primitives ------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def eye(cls: type[Self], n: int, **kw: Any) -> Self:
+        """The identity of size n; ``kw`` are torch's ``dtype`` and ``device``."""
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """The number of rows, and of columns."""
+
+    @abstractmethod
+    def mm(self, X: Tensor) -> Tensor:
+        """A X for a dense X, [n, m]."""
+
+    @abstractmethod
+    def tmm(self, X: Tensor) -> Tensor:
+        """A^T X for a dense X, [n, m]."""
+
+    @abstractmethod
+    def compose(self: Self, other: Self) -> Self:
+        """A B for a B of the same structure."""
+
+    @abstractmethod
+    def project(self: Self, Y: Tensor) -> Self:
+        """P(Y Y^T) for a dense Y, [n, m], onto this structure."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, 0-d, in float32 at least."""
+
+    # -- products --------------------------------------------------------------------------------------
+
+    @property
+    def T(self) -> StructuredMatrix:
+        """The transpose."""
+        return Transposed(self)
+
+    def outer(self, X: Tensor) -> Tensor:
+        """A A^T X for a dense X, [n, m]."""
+        return self.mm(self.tmm(X))
+
+    def gram(self: Self) -> Self:
+        """P(A^T A)."""
+        return self.project(self.tmm(self._identity()))
+
+    def cogram(self: Self) -> Self:
+        """P(A A^T)."""
+        return self.project(self.dense())
+
+    def sandwich(self: Self, rows: RowsLike) -> Self:
+        """P(A^T R^T R A) for rows R, [m, n]."""
+        if rows.count == 0:  # an empty batch, which some libraries refuse to transform
+            return self.map(torch.zeros_like)
+        return self.project(self.tmm(rows.matrix().T))
+
+    def dense(self) -> Tensor:
+        """The matrix itself, [n, n]."""
+        return self.mm(self._identity())
+
+    def _identity(self) -> Tensor:
+        return torch.eye(self.n, dtype=self.dtype, device=self.device)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.mm(other) if isinstance(other, Tensor) else self.compose(other)
+
+    # -- a vector space, number by number ----------------------------------------------------------------
+
+    def map(self: Self, function: Callable[..., Tensor], *others: Self) -> Self:
+        """Apply a function to each tensor, together with those of other matrices of the same structure."""
+        parts = zip(
+            *([getattr(A, f.name) for f in fields(A)] for A in (self, *others)), strict=True
+        )
+        return type(self)(
+            *(
+                p[0].map(function, *p[1:]) if isinstance(p[0], StructuredMatrix) else function(*p)
+                for p in parts
+            )
+        )
+
+    def __add__(self: Self, other: Self) -> Self:
+        return self.map(torch.add, other)
+
+    def __sub__(self: Self, other: Self) -> Self:
+        return self.map(torch.sub, other)
+
+    def __mul__(self: Self, scalar: float | Tensor) -> Self:
+        return self.map(lambda t: t * scalar)
+
+    __rmul__ = __mul__
+
+    def add_(self: Self, other: Self, alpha: float | Tensor = 1.0) -> Self:
+        """Add ``alpha`` times another matrix in place."""
+        if isinstance(alpha, Tensor):  # multiplied first: torch's own alpha would wait for the device
+            other, alpha = other * alpha, 1.0
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.add_(theirs, alpha=alpha)
+        return self
+
+    # -- measures ----------------------------------------------------------------------------------------
+
+    def average_trace(self) -> Tensor:
+        """The trace over n, 0-d."""
+        return self.trace() / self.n
+
+    def norm(self) -> Tensor:
+        """The Frobenius norm, 0-d: a projection keeps the trace, so tr P(A^T A) is its square."""
+        return self.gram().trace().sqrt()
+
+    def max_abs(self) -> Tensor:
+        """The largest absolute value of an entry, 0-d."""
+        return torch.stack([t.abs().amax() for t in self.tensors() if t.numel()]).amax()
+
+    # -- storage -----------------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Tensor]:
+        """The stored tensors, in a fixed order."""
+        found: list[Tensor] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            found += value.tensors() if isinstance(value, StructuredMatrix) else [value]
+        return found
+
+    def with_tensors(self: Self, tensors: Sequence[Tensor]) -> Self:
+        """The matrix of this structure that stores other tensors; the inverse of ``tensors``."""
+        rest = iter(tensors)
+        return self.map(lambda _: next(rest))
+
+    def flat(self) -> Tensor:
+        """All stored numbers as one vector, [numel]."""
+        return torch.cat([t.flatten() for t in self.tensors()])
+
+    def from_flat(self: Self, flat: Tensor) -> Self:
+        """The matrix of this structure whose tensors are views of one vector, [numel].
+
+        Raises:
+            ValueError: If the vector is of another length.
+        """
+        if flat.shape != (self.numel,):
+            raise ValueError(f"{self!r} stores {self.numel} numbers, got a tensor of {tuple(flat.shape)}.")
+        old = self.tensors()
+        parts = flat.split([t.numel() for t in old])
+        return self.with_tensors([p.view(t.shape) for p, t in zip(parts, old, strict=True)])
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are stored."""
+        return sum(t.numel() for t in self.tensors())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors()[0].device
+
+    def to(self: Self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
+        """The matrix in another dtype or on another device; itself if nothing changes."""
+        if dtype in (None, self.dtype) and device is None:
+            return self
+        return self.map(lambda t: t.to(dtype=dtype, device=device))
+
+    # -- what it shows -----------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(n={self.n}, {self.numel} numbers, {self.dtype})"
+
+    def _repr_html_(self) -> str:
+        return picture.html_picture(self)
+
+
+@dataclass(eq=False, repr=False)
+class Transposed(StructuredMatrix):
+    """The transpose of another structured matrix; a structure of its own, since P(N) is then transposed too."""
+
+    of: StructuredMatrix
+
+    @classmethod
+    def eye(  # type: ignore[override]
+        cls, n: int, *, of: Callable[..., StructuredMatrix], **kw: Any
+    ) -> Transposed:
+        return cls(of(n, **kw))
+
+    @property
+    def n(self) -> int:
+        return self.of.n
+
+    @property
+    def T(self) -> StructuredMatrix:
+        return self.of
+
+    def mm(self, X: Tensor) -> Tensor:
+        return self.of.tmm(X)
+
+    def tmm(self, X: Tensor) -> Tensor:
+        return self.of.mm(X)
+
+    def compose(self, other: Transposed) -> Transposed:
+        return Transposed(other.of.compose(self.of))
+
+    def project(self, Y: Tensor) -> Transposed:
+        return Transposed(self.of.project(Y))
+
+    def gram(self) -> Transposed:
+        return Transposed(self.of.cogram())
+
+    def cogram(self) -> Transposed:
+        return Transposed(self.of.gram())
+
+    def trace(self) -> Tensor:
+        return self.of.trace()
+
+
+def wide(t: Tensor) -> torch.dtype:
+    """The dtype to sum in: float32 at least."""
+    return torch.promote_types(t.dtype, torch.float32)

@@ -1,0 +1,72 @@
+"""Block-diagonal matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.structures.base import RowsLike, StructuredMatrix, wide
+
+
+@dataclass(eq=False, repr=False)
+class BlockDiagonal(StructuredMatrix):
+    """Dense k x k blocks on the diagonal, the last one smaller; P(N) = the blocks of N."""
+
+    blocks: Tensor  # [n // k, k, k]
+    last: Tensor  # [n % k, n % k]
+
+    @classmethod
+    def eye(cls, n: int, *, k: int = 30, **kw: Any) -> BlockDiagonal:
+        whole, rest = divmod(n, k)
+        return cls(torch.eye(k, **kw).repeat(whole, 1, 1), torch.eye(rest, **kw))
+
+    @property
+    def n(self) -> int:
+        return self.blocks.shape[0] * self.blocks.shape[1] + self.last.shape[0]
+
+    def _split(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that meet whole blocks, [n // k, k, m], and the rest, [n % k, m]."""
+        whole, k, _ = self.blocks.shape
+        return X[: whole * k].unflatten(0, (whole, k)), X[whole * k :]
+
+    def mm(self, X: Tensor) -> Tensor:
+        top, bottom = self._split(X)
+        return torch.cat([(self.blocks @ top).flatten(0, 1), self.last @ bottom])
+
+    def tmm(self, X: Tensor) -> Tensor:
+        top, bottom = self._split(X)
+        return torch.cat([(self.blocks.mT @ top).flatten(0, 1), self.last.T @ bottom])
+
+    def outer(self, X: Tensor) -> Tensor:
+        if X.shape[1] < self.blocks.shape[1]:
+            return self.mm(self.tmm(X))
+        return self.cogram().mm(X)  # one pass over X instead of two
+
+    def compose(self, other: BlockDiagonal) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks @ other.blocks, self.last @ other.last)
+
+    def project(self, Y: Tensor) -> BlockDiagonal:
+        top, bottom = self._split(Y)
+        return BlockDiagonal(top @ top.mT, bottom @ bottom.T)
+
+    def trace(self) -> Tensor:
+        dtype = wide(self.last)
+        whole = self.blocks.diagonal(dim1=1, dim2=2).sum(dtype=dtype)
+        return whole + self.last.diagonal().sum(dtype=dtype)
+
+    def gram(self) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks.mT @ self.blocks, self.last.T @ self.last)
+
+    def cogram(self) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks @ self.blocks.mT, self.last @ self.last.T)
+
+    def sandwich(self, rows: RowsLike) -> BlockDiagonal:
+        S, S_last = rows.block_gram(self.blocks.shape[1])
+        return BlockDiagonal(self.blocks.mT @ S @ self.blocks, self.last.T @ S_last @ self.last)
+
+    def norm(self) -> Tensor:
+        parts = [torch.linalg.vector_norm(t, dtype=wide(t)) for t in self.tensors()]
+        return torch.linalg.vector_norm(torch.stack(parts))

@@ -1,0 +1,58 @@
+"""Dense matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.structures.base import RowsLike, StructuredMatrix, wide
+
+
+@dataclass(eq=False, repr=False)
+class Dense(StructuredMatrix):
+    """All matrices; P(N) = N."""
+
+    a: Tensor  # [n, n]
+
+    @classmethod
+    def eye(cls, n: int, **kw: Any) -> Dense:
+        return cls(torch.eye(n, **kw))
+
+    @property
+    def n(self) -> int:
+        return self.a.shape[0]
+
+    def mm(self, X: Tensor) -> Tensor:
+        return self.a @ X
+
+    def tmm(self, X: Tensor) -> Tensor:
+        return self.a.T @ X
+
+    def compose(self, other: Dense) -> Dense:
+        return Dense(self.a @ other.a)
+
+    def project(self, Y: Tensor) -> Dense:
+        return Dense(Y @ Y.T)
+
+    def trace(self) -> Tensor:
+        return self.a.diagonal().sum(dtype=wide(self.a))
+
+    def gram(self) -> Dense:
+        return Dense(self.a.T @ self.a)
+
+    def cogram(self) -> Dense:
+        return Dense(self.a @ self.a.T)
+
+    def sandwich(self, rows: RowsLike) -> Dense:
+        if rows.count <= 2 * self.n:
+            return self.project(self.a.T @ rows.matrix().T)  # 2 m n^2 multiplications
+        return Dense(self.a.T @ (rows.gram() @ self.a))  # m n^2 + 2 n^3, or less where rows are lazy
+
+    def dense(self) -> Tensor:
+        return self.a
+
+    def norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.a, dtype=wide(self.a))

@@ -1,0 +1,56 @@
+"""Diagonal matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.structures.base import RowsLike, StructuredMatrix, wide
+
+
+@dataclass(eq=False, repr=False)
+class Diagonal(StructuredMatrix):
+    """P(N) = the diagonal of N."""
+
+    d: Tensor  # [n]
+
+    @classmethod
+    def eye(cls, n: int, **kw: Any) -> Diagonal:
+        return cls(torch.ones(n, **kw))
+
+    @property
+    def n(self) -> int:
+        return self.d.shape[0]
+
+    def mm(self, X: Tensor) -> Tensor:
+        return self.d[:, None] * X
+
+    def tmm(self, X: Tensor) -> Tensor:
+        return self.d[:, None] * X
+
+    def compose(self, other: Diagonal) -> Diagonal:
+        return Diagonal(self.d * other.d)
+
+    def project(self, Y: Tensor) -> Diagonal:
+        return Diagonal(Y.square().sum(1))
+
+    def trace(self) -> Tensor:
+        return self.d.sum(dtype=wide(self.d))
+
+    def outer(self, X: Tensor) -> Tensor:
+        return self.d.square()[:, None] * X
+
+    def gram(self) -> Diagonal:
+        return Diagonal(self.d.square())
+
+    def cogram(self) -> Diagonal:
+        return Diagonal(self.d.square())
+
+    def sandwich(self, rows: RowsLike) -> Diagonal:
+        return Diagonal(self.d.square() * rows.squares())
+
+    def norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.d, dtype=wide(self.d))

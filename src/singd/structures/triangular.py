@@ -1,0 +1,98 @@
+"""Block-triangular matrices: rank-k triangular and hierarchical ones, from one combinator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.structures.base import StructuredMatrix, Transposed
+from singd.structures.dense import Dense
+from singd.structures.diagonal import Diagonal
+
+
+@dataclass(eq=False, repr=False)
+class Upper(StructuredMatrix):
+    """[[A, B], [0, D]] with structured A and D and a dense B.
+
+    P(N) = [[P(N11), 2 N12], [0, P(N22)]].
+    """
+
+    A: StructuredMatrix  # k x k
+    B: Tensor  # [k, n - k]
+    D: StructuredMatrix  # (n - k) x (n - k)
+
+    @classmethod
+    def eye(
+        cls,
+        n: int,
+        *,
+        first: Callable[..., StructuredMatrix] = Dense.eye,
+        second: Callable[..., StructuredMatrix] = Diagonal.eye,
+        k: int = 1,
+        **kw: Any,
+    ) -> Upper:
+        """The identity; ``k`` is the size of A, or if negative minus that of D, as far as n allows."""
+        k = min(n, k) if k >= 0 else max(0, n + k)
+        return cls(first(k, **kw), torch.zeros(k, n - k, **kw), second(n - k, **kw))
+
+    @property
+    def n(self) -> int:
+        return self.A.n + self.D.n
+
+    def _split(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        return X[: self.A.n], X[self.A.n :]
+
+    def mm(self, X: Tensor) -> Tensor:
+        top, bottom = self._split(X)
+        return torch.cat([self.A.mm(top) + self.B @ bottom, self.D.mm(bottom)])
+
+    def tmm(self, X: Tensor) -> Tensor:
+        top, bottom = self._split(X)
+        return torch.cat([self.A.tmm(top), self.B.T @ top + self.D.tmm(bottom)])
+
+    def compose(self, other: Upper) -> Upper:
+        B = self.A.mm(other.B) + other.D.tmm(self.B.T).T
+        return Upper(self.A.compose(other.A), B, self.D.compose(other.D))
+
+    def project(self, Y: Tensor) -> Upper:
+        top, bottom = self._split(Y)
+        return Upper(self.A.project(top), 2 * (top @ bottom.T), self.D.project(bottom))
+
+    def trace(self) -> Tensor:
+        return self.A.trace() + self.D.trace()
+
+    def gram(self) -> Upper:
+        # A^T A = [[A^T A, A^T B], [., B^T B + D^T D]]
+        return Upper(self.A.gram(), 2 * self.A.tmm(self.B), self.D.gram() + self.D.project(self.B.T))
+
+    def cogram(self) -> Upper:
+        # A A^T = [[A A^T + B B^T, B D^T], [., D D^T]]
+        return Upper(self.A.cogram() + self.A.project(self.B), 2 * self.D.mm(self.B.T).T, self.D.cogram())
+
+
+def lower(make: Callable[..., StructuredMatrix]) -> Callable[..., StructuredMatrix]:
+    """The transposed structure."""
+    return partial(Transposed.eye, of=make)
+
+
+def upper_dense_first(k: int) -> Callable[..., StructuredMatrix]:
+    """[[A, B], [0, diag]] with a k x k dense A."""
+    return partial(Upper.eye, k=k)
+
+
+def upper_dense_last(k: int) -> Callable[..., StructuredMatrix]:
+    """[[diag, B], [0, A]] with a k x k dense A."""
+    return partial(Upper.eye, k=-k, first=Diagonal.eye, second=Dense.eye)
+
+
+def hierarchical(k1: int, k2: int) -> Callable[..., StructuredMatrix]:
+    """[[A, B1, B2], [0, diag, 0], [0, D, E]] with dense A, k1 x k1, and E, k2 x k2.
+
+    A small n fills A first, then E, then the middle.
+    """
+    return partial(Upper.eye, k=k1, second=lower(upper_dense_last(k2)))

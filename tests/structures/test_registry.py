@@ -1,0 +1,76 @@
+"""Names, sizes in names, users' structures, and what is said of a wrong one."""
+
+import pytest
+import torch
+from circulant import Circulant
+
+from singd import register_structure, registered_structures, structure
+from singd.structures import BlockDiagonal, Dense
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense", "diagonal", "block30diagonal", "hierarchical15_15", "triltoeplitz", "triutoeplitz",
+        "block64diagonal", "hierarchical4_8", "trilrank5first", "triurank5first", "trilrank5last", "triurank5last",
+    ],
+)  # fmt: skip
+def test_names_are_canonical(name):
+    assert structure(name).name == name
+    assert structure(structure(name)) is structure(name) or structure(structure(name)) == structure(name)
+    assert structure(name)(3, dtype=torch.float64).dtype == torch.float64
+
+
+def test_sizes_in_names_are_bound():
+    assert structure("block64diagonal")(130).blocks.shape == (2, 64, 64)
+    assert structure("block64diagonal")(130).last.shape == (2, 2)
+    A = structure("hierarchical4_8")(30)
+    assert A.A.n == 4 and A.D.of.D.n == 8
+    assert structure("hierarchical4_8")(6).D.of.D.n == 2  # A first, then E, then the middle
+
+
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [
+        ("trilrank2first", lambda i, j: not (i == j or (j < 2 and (i >= j or i < 2)))),
+        ("triurank2first", lambda i, j: not (i == j or (i < 2 and (j >= i or j < 2)))),
+        ("trilrank2last", lambda i, j: not (i == j or i >= 4)),
+        ("triurank2last", lambda i, j: not (i == j or j >= 4)),
+    ],
+)
+def test_corners(name, zero):
+    A = structure(name)(6).map(torch.ones_like).dense()
+    assert A.tolist() == [[0.0 if zero(i, j) else 1.0 for j in range(6)] for i in range(6)]
+
+
+def test_classes_and_functions_are_structures():
+    assert structure(Dense).name == "dense"
+    assert structure(BlockDiagonal).name == "BlockDiagonal"
+
+    def wide_blocks(n, **kw):
+        return BlockDiagonal.eye(n, k=100, **kw)
+
+    assert structure(wide_blocks).name == "wide_blocks"
+    assert structure(wide_blocks)(250).blocks.shape == (2, 100, 100)
+
+
+def test_registering():
+    register_structure("circulant", Circulant)
+    assert structure("circulant") is registered_structures()["circulant"]
+    assert structure(Circulant).name == "circulant"
+    with pytest.raises(ValueError, match="The structure name 'dense' is taken; choose another one."):
+        register_structure("dense", Circulant)
+    with pytest.raises(ValueError, match="The structure name 'block7diagonal' is taken"):
+        register_structure("block7diagonal", Circulant)
+
+
+@pytest.mark.parametrize("name", ["blok30", "block0diagonal", "hierarchical4", "Dense", "rank-1", ""])
+def test_unknown_names(name):
+    with pytest.raises(ValueError) as raised:
+        structure(name)
+    assert repr(name) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_unknown_kinds():
+    with pytest.raises(TypeError, match="A structure must be a name, a class or a function of n, got 30."):
+        structure(30)
