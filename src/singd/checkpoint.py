@@ -19,15 +19,15 @@ FACTORS = ("K", "C", "m_K", "m_C")
 
 def pack(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A snapshot of torch's state dict: tensors copied, options as plain values."""
-    state = {
-        index: {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
-        for index, entry in state_dict["state"].items()
-    }
     return {
         **state_dict,
-        "state": state,
-        "param_groups": [options.saved(group) for group in state_dict["param_groups"]],
+        "state": {index: _copied(entry) for index, entry in state_dict["state"].items()},
+        "param_groups": [_copied(options.saved(group)) for group in state_dict["param_groups"]],
     }
+
+
+def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
 
 
 def _pairs(optimizer: SINGD, state_dict: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
@@ -89,16 +89,23 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Mapping[str, Any
 
 
 def complete(optimizer: SINGD, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict with the options that it does not hold (callables, structures with code of their own)."""
+    """A state dict for torch to load.
+
+    With the options that it does not hold (callables, structures with code of their own), with copies of its
+    tensors, because torch would go on training in those of the caller, and without the factors.
+    """
     groups = []
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         mine = {name: value for name, value in group.items() if name != "params"}
-        groups.append({**mine, **saved, "structures": group["structures"]})
-    return {**state_dict, "param_groups": groups}
+        groups.append({**mine, **_copied(saved), "structures": group["structures"]})
+    state = {}
+    for index, entry in state_dict["state"].items():
+        state[index] = _copied({name: v for name, v in entry.items() if name not in FACTORS})
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
-def restore_dtypes(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
-    """Put the factors back as saved: torch casts every floating-point state to the parameter's dtype."""
+def restore_factors(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
+    """Load the factors in their own dtype: torch would cast them to the parameter's."""
     for p, state, _ in _pairs(optimizer, state_dict):
         for key in FACTORS:
             if key in state:
@@ -110,4 +117,4 @@ def state_bytes(state: Mapping[str, Any]) -> int:
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
 
 
-__all__ = ["FACTORS", "SIDES", "check", "complete", "pack", "restore_dtypes", "state_bytes"]
+__all__ = ["FACTORS", "SIDES", "check", "complete", "pack", "restore_factors", "state_bytes"]

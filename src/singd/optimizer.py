@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from singd import checkpoint, options, report
+from singd import checkpoint, options, report, scaler
 from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
-from singd.statistics import Statistics, added, gather, watch
+from singd.statistics import Statistics, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
 from singd.update import moved_factor, natural_gradient, riemannian_momenta
 
@@ -124,7 +124,7 @@ class SINGD(torch.optim.Optimizer):
         self._blocks, self._reasons = find_blocks(model)
         self._names = {p: n for n, p in model.named_parameters()}
         self._statistics: dict[Block, Statistics] = {}
-        self._warned: set[Block] = set()
+        self._heard: set[Block] = set()  # those that statistics came from, or a warning was given for
         self.grad_scaler = grad_scaler
         if params is None:
             groups = self._everything(model, warn_unsupported)
@@ -162,6 +162,7 @@ class SINGD(torch.optim.Optimizer):
             TypeError: For an option of the wrong type.
             ValueError: For an option out of range or a parameter that isn't the model's.
         """
+        self._follow()
         group = {**param_group, "params": _as_list(param_group["params"])}
         options.check_singd({**self.defaults, **group})
         algorithm = group.get("algorithm", "singd")
@@ -229,10 +230,16 @@ class SINGD(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Take up parameters that were replaced in the model, e.g. by ``load_state_dict(assign=True)``."""
+        heirs: dict[nn.Parameter, nn.Parameter] = {}
         for slot in self._slots:
             old, new = slot.param, slot.current()
             if new is None or new is old or (hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")):
                 continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
+            if heirs.setdefault(old, new) is not new:
+                raise RuntimeError(
+                    f"The weight {self._names[heirs[old]]!r} was tied to another one when SINGD was built and is "
+                    "not any more; tie them again after load_state_dict(assign=True)."
+                )
             slot.param = new
             if old not in self._names:
                 continue  # a tied one, already replaced
@@ -245,7 +252,8 @@ class SINGD(torch.optim.Optimizer):
                 for name in ("weight", "bias", "own_bias"):
                     if getattr(block, name) is old:
                         setattr(block, name, new)
-        self._index()
+        if heirs:
+            self._index()
 
     # -- statistics --------------------------------------------------------------------------------
 
@@ -262,10 +270,11 @@ class SINGD(torch.optim.Optimizer):
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=g.device))
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device):
             new = gather(block, layer, self._factor(block, "K"), self._factor(block, "C"), x, g, scale)
         old = self._statistics.get(block)
-        cleared = block.weight.grad is None and not hasattr(block.weight, "full_tensor")
+        self._heard.add(block)
+        cleared = layer.weight.grad is None and not hasattr(block.weight, "full_tensor")
         if old is None or (cleared and old.backward != new.backward):
             self._statistics[block] = new
         else:
@@ -281,7 +290,10 @@ class SINGD(torch.optim.Optimizer):
         """A view on the state; before the first step, the identity."""
         if block.weight not in self.state:
             return block.identity(key)
-        return block.view(key, self.state[block.weight][key])
+        state = self.state[block.weight]
+        if state[key].device != block.weight.device:  # the model was moved
+            state[key] = state[key].to(block.weight.device)
+        return block.view(key, state[key])
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -296,7 +308,8 @@ class SINGD(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: If a gradient scaler steps SINGD that it wasn't built with.
+            RuntimeError: If a gradient scaler steps SINGD that it wasn't built with, or if weights that were
+                tied are not any more.
         """
         loss = None
         if closure is not None:
@@ -307,7 +320,7 @@ class SINGD(torch.optim.Optimizer):
         directions: dict[nn.Parameter, Tensor] = {}
         for block in self._blocks:
             if block.active and any(p.grad is not None for p in block.params):
-                with torch.autocast(block.weight.device.type, enabled=False):
+                with without_autocast(block.weight.device):
                     directions.update(self._step_block(block))
         self._statistics.clear()
         for group in self.param_groups:
@@ -319,11 +332,7 @@ class SINGD(torch.optim.Optimizer):
         return loss
 
     def _check_before_step(self) -> None:
-        if getattr(self, "found_inf", None) is not None:  # set by a scaler for the time of its step
-            raise RuntimeError(
-                "A GradScaler steps this optimizer without being known to it, so that its statistics would "
-                "be off by the squared scale; build it with SINGD(..., grad_scaler=scaler)."
-            )
+        scaler.check(self)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p.grad.is_sparse:
@@ -344,11 +353,12 @@ class SINGD(torch.optim.Optimizer):
         if state["step"] % block.group["T"] == 0:
             if statistics is not None:
                 self._update_factors(block, state, statistics)
-            elif block not in self._warned:
-                self._warned.add(block)
+            elif block not in self._heard and _has_some(block.weight.grad):
+                self._heard.add(block)
                 warnings.warn(
-                    f"Layer {block.name!r} has a gradient but its forward was not seen, so its factors stay as "
-                    "they are; build SINGD before the first call of a compiled model, and call the layer itself.",
+                    f"Layer {block.name!r} has a gradient but its forward and backward were not seen, so its "
+                    "factors stay as they are; build SINGD before the first call of a compiled model, call the "
+                    "layer itself, and let backward() fill in the gradients.",
                     stacklevel=4,
                 )
         state["step"] += 1
@@ -373,7 +383,9 @@ class SINGD(torch.optim.Optimizer):
         K, C, m_K, m_C = (self._factor(block, key) for key in checkpoint.FACTORS)
         H_K, H_C, some = statistics.normalised()
         new_m_K, new_m_C = riemannian_momenta(
-            *(K, C, m_K, m_C, H_K, H_C, block.identity("K"), block.identity("C")),
+            *(K, C, m_K, m_C, H_K, H_C),
+            block.identity("K", dtype=K.dtype),  # a model's dtype may have changed since, the factor's has not
+            block.identity("C", dtype=C.dtype),
             damping=group["damping"],
             alpha1=group["alpha1"],
             normalize=group["normalize_lr_cov"],
@@ -456,14 +468,14 @@ class SINGD(torch.optim.Optimizer):
         self._follow()
         checkpoint.check(self, state_dict)
         super().load_state_dict(checkpoint.complete(self, state_dict))
-        checkpoint.restore_dtypes(self, state_dict)
+        checkpoint.restore_factors(self, state_dict)
         self._statistics.clear()
         self._index()
         for block in self._blocks:
             block.frozen_shape = "K" in self.state[block.weight] if block.weight in self.state else False
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_fallback", "_slots", "_blocks", "_reasons", "_names", "_warned", "_announced", "grad_scaler")
+        own = ("_fallback", "_slots", "_blocks", "_reasons", "_names", "_heard", "_announced", "grad_scaler")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -487,6 +499,7 @@ class SINGD(torch.optim.Optimizer):
         Raises:
             ValueError: If SINGD doesn't precondition that layer.
         """
+        self._follow()
         for block in self._blocks:
             if block.active and (layer in block.names or any(layer is m for m in block.modules)):
                 if block.weight not in self.state:
@@ -514,6 +527,11 @@ def _parameter(p: Any) -> Any:
 
 def _as_list(params: Any) -> list[Any]:
     return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _has_some(grad: Tensor | None) -> bool:
+    """Whether a gradient is anything but zero (a frozen or an unused layer's is not)."""
+    return grad is not None and bool(grad.any())
 
 
 def _beside(tensor: Tensor, p: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ activations.) Every backward adds to the statistics, and they live exactly as lo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,13 @@ class Statistics:
         """H_K (a mean over rows), H_C (the averaging of the loss undone), and whether they hold anything."""
         rows = self.rows.clamp(min=1.0)
         return self.H_K * (1.0 / rows), self.H_C * self.terms, self.rows > 0
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The context for arithmetic of our own, where the user may have autocast on."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -122,10 +129,37 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
-def _kept(x: Tensor) -> Callable[[], Tensor]:
-    anchor = torch.zeros((), requires_grad=True)
-    node = _Keep.apply(anchor, x.detach()).grad_fn
-    return lambda: node.saved_tensors[0]
+class _Kept:
+    """A layer's input from its forward to its backward, and no longer than autograd keeps its own.
+
+    Args:
+        x: The input.
+        output: What the layer made of it. Under autocast that is of a lower precision, and so is the
+            input that the layer saw: a copy of that is smaller, and unharmed if x changes in place.
+    """
+
+    def __init__(self, x: Tensor, output: Tensor) -> None:
+        if x.is_floating_point():
+            x = x.to(output.dtype)
+        anchor = torch.zeros((), requires_grad=True)
+        self._node = _Keep.apply(anchor, x.detach()).grad_fn
+
+    def __call__(self) -> Tensor:
+        return self._node.saved_tensors[0]
+
+    def release(self) -> None:
+        """Drop the input, unless the running backward was asked to retain the graph."""
+        if not _graph_is_kept():
+            self._node = None
+
+    @property
+    def released(self) -> bool:
+        return self._node is None
+
+
+def _graph_is_kept() -> bool:
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()  # torch 2.4 does not tell
 
 
 def _accumulator(param: Tensor) -> Any:
@@ -169,11 +203,18 @@ class Watch:
             or torch._C._are_functorch_transforms_active()
         ):
             return
-        kept = _kept(block.kind.input(args, kwargs))
-        node = _accumulator(layer.weight)
-        output.register_hook(
-            lambda g: optimizer._gather(block, layer, kept(), g.detach()) if _runs(node) else None
-        )
+        kept = _Kept(block.kind.input(args, kwargs), output)
+        weight = layer.weight
+        node = _accumulator(weight)
+
+        def hook(g: Tensor) -> None:
+            # torch.func.functional_call lends a layer other weights for the time of a forward
+            borrowed = weight.is_leaf and weight is not layer.weight
+            if not borrowed and not kept.released and _runs(node):
+                optimizer._gather(block, layer, kept(), g.detach())
+            kept.release()
+
+        output.register_hook(hook)
 
 
 def watch(layer: nn.Module, optimizer: SINGD) -> None:

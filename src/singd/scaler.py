@@ -1,0 +1,37 @@
+"""SINGD beside a gradient scaler: the errors that keep a wrong scale out of the statistics.
+
+Statistics are quadratic in the gradient, and they are gathered during the backward pass, before a scaler
+unscales anything. SINGD therefore has to know the scaler; it must not guess.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from singd.optimizer import SINGD
+
+
+def check(optimizer: SINGD) -> None:
+    """Refuse a step whose statistics have another scale than its gradients.
+
+    Raises:
+        RuntimeError: If a scaler steps that SINGD was not built with, or if the one that it was built with
+            does not.
+    """
+    if getattr(optimizer, "found_inf", None) is not None:  # set by a scaler for the time of its step
+        optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "A GradScaler steps this optimizer without being known to it, so that its statistics would "
+            "be off by the squared scale; build it with SINGD(..., grad_scaler=scaler)."
+        )
+    scaler = optimizer.grad_scaler
+    if scaler is None or not scaler.is_enabled():
+        return
+    # A scaler notes for each device whether it found an inf, right before it steps.
+    mine = getattr(scaler, "_per_optimizer_states", {}).get(id(optimizer))
+    if mine is None or not mine["found_inf_per_device"]:
+        raise RuntimeError(
+            "SINGD was built with a grad_scaler, but that scaler did not unscale the gradients of this step; "
+            "use scaler.step(optimizer)."
+        )
