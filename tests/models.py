@@ -19,7 +19,9 @@ class Shared(nn.Module):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 3))
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)
+    )
 
 
 def cnn():
@@ -41,7 +43,8 @@ def model_and_batches(name, steps=6, batch=5, seed=0):
     torch.manual_seed(seed)
     model = MODELS[name]().double()
     batches = [
-        (torch.randn(batch, *SHAPES[name], dtype=torch.float64), torch.randint(0, 3, (batch,))) for _ in range(steps)
+        (torch.randn(batch, *SHAPES[name], dtype=torch.float64), torch.randint(0, 3, (batch,)))
+        for _ in range(steps)
     ]
     return model, batches
 

@@ -34,7 +34,9 @@ def project(name: str, N: Tensor) -> Tensor:
     return (projector(name, n) @ N.flatten()).view(n, n)
 
 
-def layer_rows(layer: nn.Module, x: Tensor, g: Tensor, approx: str) -> tuple[Tensor, Tensor, int, int]:
+def layer_rows(
+    layer: nn.Module, x: Tensor, g: Tensor, approx: str
+) -> tuple[Tensor, Tensor, int, int]:
     """[B, S, d] inputs and gradients of a linear layer or a convolution with integer zero padding."""
     if isinstance(layer, nn.Conv2d):
         x = x.unflatten(1, (layer.groups, -1)).mean(1)
@@ -50,7 +52,9 @@ def layer_rows(layer: nn.Module, x: Tensor, g: Tensor, approx: str) -> tuple[Ten
 
 
 def gradient_matrix(layer: nn.Module) -> Tensor:
-    parts = [layer.weight.grad.flatten(1)] + ([layer.bias.grad[:, None]] if layer.bias is not None else [])
+    parts = [layer.weight.grad.flatten(1)] + (
+        [layer.bias.grad[:, None]] if layer.bias is not None else []
+    )
     return torch.cat(parts, 1)
 
 
@@ -75,7 +79,10 @@ def train(
     """Train all linear and convolution layers of a model in place; returns each layer's K, C, m_K, m_C."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     calls: dict[nn.Module, list] = {}
-    hooks = [m.register_forward_hook(lambda m, i, o: (o.retain_grad(), calls[m].append((i[0], o)))[1]) for m in layers]
+    hooks = [
+        m.register_forward_hook(lambda m, i, o: (o.retain_grad(), calls[m].append((i[0], o)))[1])
+        for m in layers
+    ]
     states: dict[nn.Module, dict] = {}
     for step, (x, y) in enumerate(batches):
         calls.update({m: [] for m in layers})
@@ -94,7 +101,11 @@ def train(
             if step % T == 0:
                 rows = [layer_rows(layer, i, o.grad, kfac_approx) for i, o in calls[layer]]
                 U = sum(a.T @ a for a, *_ in rows) / sum(len(a) for a, *_ in rows)
-                terms = {None: 1, "batch": sum(r[2] for r in rows), "batch+sequence": sum(r[2] * r[3] for r in rows)}
+                terms = {
+                    None: 1,
+                    "batch": sum(r[2] for r in rows),
+                    "batch+sequence": sum(r[2] * r[3] for r in rows),
+                }
                 G = terms[loss_average] * sum(g.T @ g for _, g, *_ in rows)
                 K, C = s["K"], s["C"]
                 P_K, P_C = (functools.partial(project, name) for name in structures)

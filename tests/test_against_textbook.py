@@ -50,7 +50,9 @@ def assert_same(model, optimizer, twin, states):
     for layer, state in states.items():
         factors = optimizer.factors(layers[layer])
         for key in ("K", "C", "m_K", "m_C"):
-            torch.testing.assert_close(getattr(factors, key).dense(), state[key], rtol=0, atol=1e-10)
+            torch.testing.assert_close(
+                getattr(factors, key).dense(), state[key], rtol=0, atol=1e-10
+            )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -28,22 +28,64 @@ BAD = [
         ValueError,
         "loss_average must be one of None, 'batch', 'batch+sequence', got 'mean'.",
     ),
-    (dict(kfac_approx="expan"), ValueError, "kfac_approx must be one of 'expand', 'reduce', got 'expan'."),
+    (
+        dict(kfac_approx="expan"),
+        ValueError,
+        "kfac_approx must be one of 'expand', 'reduce', got 'expan'.",
+    ),
     (dict(kfac_like=1), TypeError, "kfac_like must be True or False, got 1."),
     (dict(normalize_lr_cov="no"), TypeError, "normalize_lr_cov must be True or False, got 'no'."),
-    (dict(structures=("dense",)), ValueError, "structures must be a pair (for K, for C), got ('dense',)."),
-    (dict(structures="dense"), ValueError, "structures must be a pair (for K, for C), got 'dense'."),
-    (dict(structures=("blok30", "dense")), ValueError, "Unknown structure 'blok30'; choose from dense, diagonal"),
-    (dict(preconditioner_dtype="bf16"), ValueError, "preconditioner_dtype must be None, a floating-point"),
-    (dict(preconditioner_dtype=torch.int32), ValueError, "preconditioner_dtype must be None, a floating-point"),
-    (dict(fallback="sgd"), TypeError, "fallback must be a dict of AdamW options or None, got 'sgd'."),
-    (dict(fallback={"beta": 0.9}), ValueError, "Unknown fallback option 'beta'; choose from lr, betas, eps"),
-    (dict(fallback={"betas": 0.9}), ValueError, "betas must be a pair of numbers in [0, 1), got 0.9."),
-    (dict(fallback={"betas": (0.9, 1.0)}), ValueError, "betas must be a number in [0, 1), got 1.0."),
+    (
+        dict(structures=("dense",)),
+        ValueError,
+        "structures must be a pair (for K, for C), got ('dense',).",
+    ),
+    (
+        dict(structures="dense"),
+        ValueError,
+        "structures must be a pair (for K, for C), got 'dense'.",
+    ),
+    (
+        dict(structures=("blok30", "dense")),
+        ValueError,
+        "Unknown structure 'blok30'; choose from dense, diagonal",
+    ),
+    (
+        dict(preconditioner_dtype="bf16"),
+        ValueError,
+        "preconditioner_dtype must be None, a floating-point",
+    ),
+    (
+        dict(preconditioner_dtype=torch.int32),
+        ValueError,
+        "preconditioner_dtype must be None, a floating-point",
+    ),
+    (
+        dict(fallback="sgd"),
+        TypeError,
+        "fallback must be a dict of AdamW options or None, got 'sgd'.",
+    ),
+    (
+        dict(fallback={"beta": 0.9}),
+        ValueError,
+        "Unknown fallback option 'beta'; choose from lr, betas, eps",
+    ),
+    (
+        dict(fallback={"betas": 0.9}),
+        ValueError,
+        "betas must be a pair of numbers in [0, 1), got 0.9.",
+    ),
+    (
+        dict(fallback={"betas": (0.9, 1.0)}),
+        ValueError,
+        "betas must be a number in [0, 1), got 1.0.",
+    ),
 ]
 
 
-@pytest.mark.parametrize("options, error, sentence", BAD, ids=lambda v: str(v) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "options, error, sentence", BAD, ids=lambda v: str(v) if isinstance(v, dict) else ""
+)
 def test_options_are_checked_at_construction(options, error, sentence):
     model = mlp()
     before = copy.deepcopy(model.state_dict())
@@ -68,7 +110,9 @@ def test_options_are_checked_in_groups(options, error, sentence):
 
 def test_a_parameter_of_another_model():
     stranger = nn.Parameter(torch.zeros(3, 4))
-    with pytest.raises(ValueError, match=r"A parameter of shape \(3, 4\) isn't one of the model's."):
+    with pytest.raises(
+        ValueError, match=r"A parameter of shape \(3, 4\) isn't one of the model's."
+    ):
         SINGD(mlp(), params=[stranger])
 
 
@@ -87,7 +131,9 @@ def test_unsupported_parameters_without_a_fallback():
 
 
 def test_a_lazy_layer():
-    with pytest.raises(ValueError, match="The lazy layer '0' has no sizes yet; call the model once"):
+    with pytest.raises(
+        ValueError, match="The lazy layer '0' has no sizes yet; call the model once"
+    ):
         SINGD(nn.Sequential(nn.LazyLinear(3)))
 
 
@@ -100,7 +146,9 @@ def test_an_input_that_does_not_fit_is_the_layers_own_error_and_harmless():
         model(torch.zeros(2, 99, dtype=torch.float64))
     after = optimizer.state_dict()["state"]
     assert all(
-        torch.equal(torch.as_tensor(after[i][k]), torch.as_tensor(v)) for i, s in before.items() for k, v in s.items()
+        torch.equal(torch.as_tensor(after[i][k]), torch.as_tensor(v))
+        for i, s in before.items()
+        for k, v in s.items()
     )
 
 
@@ -108,16 +156,23 @@ def test_a_bad_value_of_a_schedule_is_named_and_changes_nothing():
     model, batches = model_and_batches("mlp", steps=2)
     optimizer = SINGD(model, T=1, lr_cov=lambda step: 0.1 if step == 0 else -1.0)
     train(model, optimizer, batches[:1])
-    before, weights = copy.deepcopy(optimizer.state_dict()["state"]), copy.deepcopy(model.state_dict())
+    before, weights = (
+        copy.deepcopy(optimizer.state_dict()["state"]),
+        copy.deepcopy(model.state_dict()),
+    )
     with pytest.raises(ValueError, match=r"lr_cov\(1\) must be a finite number >= 0, got -1.0."):
         train(model, optimizer, batches[1:])
     after = optimizer.state_dict()["state"]
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(
-        torch.equal(torch.as_tensor(after[i][k]), torch.as_tensor(v)) for i, s in before.items() for k, v in s.items()
+        torch.equal(torch.as_tensor(after[i][k]), torch.as_tensor(v))
+        for i, s in before.items()
+        for k, v in s.items()
     )
 
 
 def test_layer_that_is_not_preconditioned():
-    with pytest.raises(ValueError, match="SINGD doesn't precondition layer 'x'; choose from '0', '2', '4'."):
+    with pytest.raises(
+        ValueError, match="SINGD doesn't precondition layer 'x'; choose from '0', '2', '4'."
+    ):
         SINGD(mlp()).factors("x")

@@ -109,7 +109,9 @@ def test_groups_added_later_train():
     optimizer = SINGD(model, params=model[0].parameters(), lr=0.1, T=1)
     train(model, optimizer, batches[:2])
     before = copy.deepcopy(model[2].state_dict())
-    optimizer.add_param_group({"params": model[2].parameters(), "structures": ("diagonal", "dense")})
+    optimizer.add_param_group(
+        {"params": model[2].parameters(), "structures": ("diagonal", "dense")}
+    )
     train(model, optimizer, batches[2:])
     assert not torch.equal(model[2].weight, before["weight"])
     assert optimizer.factors("2").K.numel == 8

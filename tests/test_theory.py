@@ -58,7 +58,9 @@ def test_invariance_to_moving_scale_between_the_factors(kfac_like):
     options = dict(damping=0.1, alpha1=0.5, kfac_like=kfac_like)
     K, C = random_factor(4), random_factor(3)
     m, scaled = momenta(K, C, U, G, **options), momenta(K, C, c * U, G / c, **options)
-    same = all(torch.allclose(a.dense(), b.dense(), rtol=1e-12) for a, b in zip(m, scaled, strict=True))
+    same = all(
+        torch.allclose(a.dense(), b.dense(), rtol=1e-12) for a, b in zip(m, scaled, strict=True)
+    )
     assert same is not kfac_like
 
 
@@ -94,7 +96,9 @@ def test_ikfac_in_one_dimension_diverges_beyond_its_limit(lr_cov, side):
     s = (1 + 4 / lr_cov) * side
     k = torch.ones(1, 1, dtype=F64)
     for _ in range(300):
-        m, _ = momenta(k, k, torch.full((1, 1), s, dtype=F64), k, damping=0.0, alpha1=0.0, kfac_like=True)
+        m, _ = momenta(
+            k, k, torch.full((1, 1), s, dtype=F64), k, damping=0.0, alpha1=0.0, kfac_like=True
+        )
         k = moved_factor(Dense(k), m, lr_cov=lr_cov).dense()
         if not abs(k.item()) < 1e6:
             break
@@ -111,7 +115,9 @@ def test_factors_are_exact_on_deep_linear_networks(approx):
     """U x G is the block of the Fisher of the square loss: per position (expand) or on the mean (reduce)."""
     B, S = 6, 4
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
-    optimizer = SINGD(model, lr=0.0, kfac_like=True, damping=0.0, loss_average=None, kfac_approx=approx)
+    optimizer = SINGD(
+        model, lr=0.0, kfac_like=True, damping=0.0, loss_average=None, kfac_approx=approx
+    )
     x = torch.randn(B, S, 3, dtype=F64)
 
     def network(weight, bias):
@@ -120,7 +126,9 @@ def test_factors_are_exact_on_deep_linear_networks(approx):
 
     output = model[1](model[0](x))
     output = output if approx == "expand" else output.mean(1)
-    for c in range(2):  # the square loss's Hessian is I: one backward per output column sums g g^T over all
+    for c in range(
+        2
+    ):  # the square loss's Hessian is I: one backward per output column sums g g^T over all
         output[..., c].sum().backward(retain_graph=True)
     optimizer.step()
     factors = optimizer.factors("0")
@@ -145,7 +153,13 @@ def test_micro_batches_equal_one_batch(name, approx, loss_average, sizes, kfac_l
     model, batches = model_and_batches(name, batch=6, steps=3)
     twin = copy.deepcopy(model)
     options = dict(
-        lr=0.01, T=1, lr_cov=0.1, kfac_approx=approx, loss_average=loss_average, kfac_like=kfac_like, damping=0.1
+        lr=0.01,
+        T=1,
+        lr_cov=0.1,
+        kfac_approx=approx,
+        loss_average=loss_average,
+        kfac_like=kfac_like,
+        damping=0.1,
     )
     whole, parts = SINGD(model, **options), SINGD(twin, **options)
     for x, y in batches:

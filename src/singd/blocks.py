@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ class Block:
     bias: nn.Parameter | None = None  # the layer's, if it is part of the matrix
     group: dict[str, Any] = field(default_factory=dict)  # the param_group of the weight
     active: bool = False  # whether its weight was handed to the optimizer
-    frozen_shape: bool = False  # whether factors exist already, so that the bias cannot join any more
+    frozen_shape: bool = (
+        False  # whether factors exist already, so that the bias cannot join any more
+    )
     _blueprints: dict[str, tuple[str, int, StructuredMatrix]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, StructuredMatrix]] = field(default_factory=dict)
 
@@ -100,7 +102,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The user's model inside torch.compile's and DistributedDataParallel's wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         else:

@@ -30,7 +30,9 @@ def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
 
 
-def _pairs(optimizer: SINGD, state_dict: Mapping[str, Any]) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
+def _pairs(
+    optimizer: SINGD, state_dict: Mapping[str, Any]
+) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
     """(parameter, its saved state, its saved group), matched by position as torch does."""
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for index, p in zip(saved["params"], group["params"], strict=True):

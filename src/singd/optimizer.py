@@ -124,7 +124,9 @@ class SINGD(torch.optim.Optimizer):
         self._blocks, self._reasons = find_blocks(model)
         self._names = {p: n for n, p in model.named_parameters()}
         self._statistics: dict[Block, Statistics] = {}
-        self._heard: set[Block] = set()  # those that statistics came from, or a warning was given for
+        self._heard: set[Block] = (
+            set()
+        )  # those that statistics came from, or a warning was given for
         self.grad_scaler = grad_scaler
         if params is None:
             groups = self._everything(model, warn_unsupported)
@@ -233,7 +235,11 @@ class SINGD(torch.optim.Optimizer):
         heirs: dict[nn.Parameter, nn.Parameter] = {}
         for slot in self._slots:
             old, new = slot.param, slot.current()
-            if new is None or new is old or (hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")):
+            if (
+                new is None
+                or new is old
+                or (hasattr(old, "full_tensor") and not hasattr(new, "full_tensor"))
+            ):
                 continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
             if heirs.setdefault(old, new) is not new:
                 raise RuntimeError(
@@ -271,7 +277,9 @@ class SINGD(torch.optim.Optimizer):
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=g.device))
         with without_autocast(g.device):
-            new = gather(block, layer, self._factor(block, "K"), self._factor(block, "C"), x, g, scale)
+            new = gather(
+                block, layer, self._factor(block, "K"), self._factor(block, "C"), x, g, scale
+            )
         old = self._statistics.get(block)
         self._heard.add(block)
         cleared = layer.weight.grad is None and not hasattr(block.weight, "full_tensor")
@@ -298,7 +306,7 @@ class SINGD(torch.optim.Optimizer):
     # -- the step ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on all parameters that have a gradient.
 
         Args:
@@ -364,10 +372,14 @@ class SINGD(torch.optim.Optimizer):
         state["step"] += 1
         layer = block.modules[0]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
-        dW = block.kind.to_matrix(layer, *grads) if block.bias is not None else block.kind.to_matrix(layer, grads[0], None)
+        bias_grad = grads[1] if block.bias is not None else None
+        dW = block.kind.to_matrix(layer, grads[0], bias_grad)
         N = natural_gradient(self._factor(block, "K"), self._factor(block, "C"), dW)
-        parts = block.kind.from_matrix(layer, N, block.bias is not None)
-        return {p: n.to(p.dtype) for p, n in zip(block.params, parts, strict=False)}
+        weight, bias = block.kind.from_matrix(layer, N, block.bias is not None)
+        directions = {block.weight: weight.to(block.weight.dtype)}
+        if block.bias is not None and bias is not None:
+            directions[block.bias] = bias.to(block.bias.dtype)
+        return directions
 
     def _initialise(self, block: Block, state: dict[str, Any]) -> None:
         state["step"] = 0
@@ -384,7 +396,9 @@ class SINGD(torch.optim.Optimizer):
         H_K, H_C, some = statistics.normalised()
         new_m_K, new_m_C = riemannian_momenta(
             *(K, C, m_K, m_C, H_K, H_C),
-            block.identity("K", dtype=K.dtype),  # a model's dtype may have changed since, the factor's has not
+            block.identity(
+                "K", dtype=K.dtype
+            ),  # a model's dtype may have changed since, the factor's has not
             block.identity("C", dtype=C.dtype),
             damping=group["damping"],
             alpha1=group["alpha1"],
@@ -400,7 +414,9 @@ class SINGD(torch.optim.Optimizer):
                 o.copy_(torch.where(some, n, o))  # nothing finite was seen: stay
         state["last_update"] = state["step"]
 
-    def _step_sgd(self, group: dict[str, Any], params: list[nn.Parameter], directions: list[Tensor]) -> None:
+    def _step_sgd(
+        self, group: dict[str, Any], params: list[nn.Parameter], directions: list[Tensor]
+    ) -> None:
         """The natural gradients through torch's own SGD with momentum."""
         buffers: list[Tensor | None] = [None] * len(params)
         if group["momentum"] != 0:
@@ -433,7 +449,7 @@ class SINGD(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             params,  # type: ignore[arg-type]
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -472,10 +488,21 @@ class SINGD(torch.optim.Optimizer):
         self._statistics.clear()
         self._index()
         for block in self._blocks:
-            block.frozen_shape = "K" in self.state[block.weight] if block.weight in self.state else False
+            block.frozen_shape = (
+                "K" in self.state[block.weight] if block.weight in self.state else False
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_fallback", "_slots", "_blocks", "_reasons", "_names", "_heard", "_announced", "grad_scaler")
+        own = (
+            "_fallback",
+            "_slots",
+            "_blocks",
+            "_reasons",
+            "_names",
+            "_heard",
+            "_announced",
+            "grad_scaler",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -505,7 +532,9 @@ class SINGD(torch.optim.Optimizer):
                 if block.weight not in self.state:
                     zero = {s: block.identity(s) * 0.0 for s in SIDES}
                     return Factors(block.identity("K"), block.identity("C"), zero["K"], zero["C"])
-                return Factors(*(self._factor(block, key).map(torch.clone) for key in checkpoint.FACTORS))
+                return Factors(
+                    *(self._factor(block, key).map(torch.clone) for key in checkpoint.FACTORS)
+                )
         known = ", ".join(repr(n) for b in self._blocks if b.active for n in b.names)
         raise ValueError(f"SINGD doesn't precondition layer {layer!r}; choose from {known}.")
 

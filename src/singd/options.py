@@ -56,7 +56,7 @@ def dtypes(preconditioner_dtype: Any) -> tuple[torch.dtype | None, torch.dtype |
             "preconditioner_dtype must be None, a floating-point torch.dtype or a pair of them "
             f"(for K, for C), got {value!r}."
         )
-    return pair  # type: ignore[return-value]
+    return pair
 
 
 def resolve(structures: Any) -> tuple[Structure, Structure]:
@@ -65,7 +65,11 @@ def resolve(structures: Any) -> tuple[Structure, Structure]:
     Raises:
         ValueError: If it is no pair, or names an unknown structure.
     """
-    if isinstance(structures, str) or not isinstance(structures, (tuple, list)) or len(structures) != 2:
+    if (
+        isinstance(structures, str)
+        or not isinstance(structures, (tuple, list))
+        or len(structures) != 2
+    ):
         raise ValueError(f"structures must be a pair (for K, for C), got {structures!r}.")
     return structure(structures[0]), structure(structures[1])
 

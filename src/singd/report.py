@@ -21,7 +21,8 @@ HEADER = ("layer", "kind", "matrix", "K", "C", "state bytes", "group")
 def rows(optimizer: SINGD) -> list[tuple[str, ...]]:
     """One row per layer, then one per parameter that the fallback trains or that is left out."""
     group_of = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    lines, seen = [], set()
+    lines: list[tuple[str, ...]] = []
+    seen = set()
     for block in optimizer._blocks:
         if block.weight not in group_of or not block.active:
             continue
@@ -66,7 +67,10 @@ def table(optimizer: SINGD) -> str:
     """The rows as aligned text."""
     lines = [HEADER, *rows(optimizer)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     text.insert(1, "-" * max(map(len, text)))
     return "SINGD\n" + "\n".join(text)
 
@@ -108,8 +112,12 @@ def stats(optimizer: SINGD) -> dict[str, dict[str, float]]:
             line["trace_" + key] = float(matrix.average_trace())
         line["update_ratio"] = _update_ratio(optimizer, block.params)
         line["cosine"] = _cosine(block, factors)
-        line["age"] = state["step"] - 1 - state["last_update"] if state["last_update"] >= 0 else math.inf
-        line["state_bytes"] = sum(state_bytes(optimizer.state[p]) for p in block.params if p in optimizer.state)
+        line["age"] = (
+            state["step"] - 1 - state["last_update"] if state["last_update"] >= 0 else math.inf
+        )
+        line["state_bytes"] = sum(
+            state_bytes(optimizer.state[p]) for p in block.params if p in optimizer.state
+        )
         result[block.name] = line
     return result
 
@@ -130,7 +138,9 @@ def _cosine(block: Any, factors: dict[str, Any]) -> float:
     if any(p.grad is None for p in block.params):
         return math.nan
     grads: list[Tensor | None] = [p.grad for p in block.params]
-    dW = block.kind.to_matrix(block.modules[0], *(grads if block.bias is not None else [grads[0], None]))
+    dW = block.kind.to_matrix(
+        block.modules[0], *(grads if block.bias is not None else [grads[0], None])
+    )
     N = natural_gradient(factors["K"], factors["C"], dW).double()
     dW = dW.double()
     return float((dW * N).sum() / (dW.norm() * N.norm()).clamp(min=1e-300))

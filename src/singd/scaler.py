@@ -19,7 +19,9 @@ def check(optimizer: SINGD) -> None:
         RuntimeError: If a scaler steps that SINGD was not built with, or if the one that it was built with
             does not.
     """
-    if getattr(optimizer, "found_inf", None) is not None:  # set by a scaler for the time of its step
+    if (
+        getattr(optimizer, "found_inf", None) is not None
+    ):  # set by a scaler for the time of its step
         optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
         raise RuntimeError(
             "A GradScaler steps this optimizer without being known to it, so that its statistics would "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gather(
-    block: Block, layer: nn.Module, K: StructuredMatrix, C: StructuredMatrix, x: Tensor, g: Tensor, scale: Tensor | None
+    block: Block,
+    layer: nn.Module,
+    K: StructuredMatrix,
+    C: StructuredMatrix,
+    x: Tensor,
+    g: Tensor,
+    scale: Tensor | None,
 ) -> Statistics:
     """The statistics of one backward pass through one layer.
 
@@ -191,7 +197,9 @@ class Watch:
         return Watch, ()
 
     @torch.compiler.disable
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         optimizer = self.optimizer()
         if optimizer is None or not torch.is_grad_enabled():
             return
@@ -204,7 +212,7 @@ class Watch:
         ):
             return
         kept = _Kept(block.kind.input(args, kwargs), output)
-        weight = layer.weight
+        weight = cast(Tensor, layer.weight)
         node = _accumulator(weight)
 
         def hook(g: Tensor) -> None:

@@ -123,7 +123,11 @@ def test_a_gradient_penalty_trains():
 def test_a_backward_that_is_thrown_away_leaves_nothing():
     model, optimizer, twin, other, batches = pair()
     for batch in batches:
-        for clear in (optimizer.zero_grad, model.zero_grad, lambda: optimizer.zero_grad(set_to_none=False)):
+        for clear in (
+            optimizer.zero_grad,
+            model.zero_grad,
+            lambda: optimizer.zero_grad(set_to_none=False),
+        ):
             loss_of(model, (batch[0] * 3, batch[1])).backward()
             clear()
         loss_of(model, batch).backward()
@@ -203,7 +207,9 @@ def _forward_mode(model, batch):
 def _other_weights(model, batch):
     """A teacher of the same architecture, trained by somebody else."""
     params = {k: (2 * p.detach()).requires_grad_() for k, p in model.named_parameters()}
-    nn.functional.cross_entropy(torch.func.functional_call(model, params, batch[0]), batch[1]).backward()
+    nn.functional.cross_entropy(
+        torch.func.functional_call(model, params, batch[0]), batch[1]
+    ).backward()
 
 
 def _no_grad(model, batch):
@@ -223,7 +229,9 @@ BESIDE = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # jvp's own
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # jvp's own
 @pytest.mark.parametrize("beside", BESIDE, ids=lambda f: f.__name__.strip("_"))
 def test_beside_training(beside):
     """What doesn't add to the weights' gradients doesn't add to the statistics either."""
@@ -353,7 +361,9 @@ def test_a_batch_that_is_bad_alone_leaves_the_factors_as_they_are():
     optimizer.zero_grad()
     (loss_of(model, batches[1]) * float("nan")).backward()
     optimizer.step()
-    assert all(torch.equal(f.dense(), b) for f, b in zip(optimizer.factors("0"), before, strict=True))
+    assert all(
+        torch.equal(f.dense(), b) for f, b in zip(optimizer.factors("0"), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "shared"])
@@ -380,7 +390,9 @@ def test_an_empty_batch_alone_changes_no_factor():
     optimizer.zero_grad()
     loss_of(model, (batches[1][0][:0], batches[1][1][:0]), terms=6).backward()
     optimizer.step()
-    assert all(torch.equal(f.dense(), b) for f, b in zip(optimizer.factors("0"), before, strict=True))
+    assert all(
+        torch.equal(f.dense(), b) for f, b in zip(optimizer.factors("0"), before, strict=True)
+    )
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -391,7 +403,9 @@ def test_inputs_are_let_go_with_the_backward_even_if_the_loss_is_kept():
     model, batches = model_and_batches("mlp", steps=1)
     optimizer = SINGD(model, **FAST)
     seen = []
-    model[2].register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0].untyped_storage())))
+    model[2].register_forward_pre_hook(
+        lambda m, args: seen.append(weakref.ref(args[0].untyped_storage()))
+    )
     loss = loss_of(model, batches[0])
     gc.collect()
     assert seen[0]() is not None
@@ -404,7 +418,9 @@ def test_a_forward_without_backward_is_let_go_without_the_garbage_collector():
     model, batches = model_and_batches("mlp", steps=1)
     optimizer = SINGD(model, **FAST)
     seen = []
-    model[2].register_forward_pre_hook(lambda m, args: seen.append(weakref.ref(args[0].untyped_storage())))
+    model[2].register_forward_pre_hook(
+        lambda m, args: seen.append(weakref.ref(args[0].untyped_storage()))
+    )
     gc.disable()
     try:
         loss = loss_of(model, batches[0])

@@ -92,7 +92,9 @@ class Splits(nn.Module):
 def conv(dims, transposed):
     cls = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
     pool = getattr(nn, f"AdaptiveAvgPool{dims}d")
-    return nn.Sequential(cls(2, 4, 3, stride=2), nn.Tanh(), cls(4, 3, 2, groups=1), pool(1), nn.Flatten())
+    return nn.Sequential(
+        cls(2, 4, 3, stride=2), nn.Tanh(), cls(4, 3, 2, groups=1), pool(1), nn.Flatten()
+    )
 
 
 def weight_norm_of_old(layer):
@@ -203,7 +205,12 @@ MODELS = {
         {"0", "4"},
         True,
     ),
-    "a tuple and keywords": (Splits, lambda: torch.randn(5, 4), {"inner.left", "inner.right"}, False),
+    "a tuple and keywords": (
+        Splits,
+        lambda: torch.randn(5, 4),
+        {"inner.left", "inner.right"},
+        False,
+    ),
 }
 
 
@@ -282,7 +289,9 @@ def test_sparse_gradients_are_refused():
     bag = nn.Sequential(nn.EmbeddingBag(7, 4, sparse=True), nn.Linear(4, 3))
     optimizer = SINGD(bag)
     before = copy.deepcopy(bag.state_dict())
-    with pytest.raises(RuntimeError, match="The gradient of '0.weight' is sparse; SINGD needs dense"):
+    with pytest.raises(
+        RuntimeError, match="The gradient of '0.weight' is sparse; SINGD needs dense"
+    ):
         steps(bag, optimizer, tokens(5, 3))
     assert all(torch.equal(v, before[k]) for k, v in bag.state_dict().items())
 

@@ -77,7 +77,9 @@ def test_freezing_and_unfreezing_in_mid_training(names, set_to_none):
     assert same(frozen, values)
     assert torch.equal(free, before) == (len(names) == 2)
     if "weight" in names:
-        assert same(dense(optimizer, "0"), factors)  # without the weight's gradients, no curvature of them
+        assert same(
+            dense(optimizer, "0"), factors
+        )  # without the weight's gradients, no curvature of them
     for p in frozen:
         p.requires_grad_(True)
     run(batches[6:])
@@ -321,7 +323,9 @@ def test_a_group_added_in_mid_training_is_as_one_from_the_start():
     model, batches = model_and_batches("mlp", steps=6)
     twin = copy.deepcopy(model)
     late = SINGD(model, [*model[0].parameters(), *model[4].parameters()], **FAST)
-    early = SINGD(twin, [*twin[0].parameters(), *twin[4].parameters(), *twin[2].parameters()], **FAST)
+    early = SINGD(
+        twin, [*twin[0].parameters(), *twin[4].parameters(), *twin[2].parameters()], **FAST
+    )
     for p in twin[2].parameters():
         p.requires_grad_(False)
     train(model, late, batches[:3])

@@ -30,7 +30,9 @@ class Circulant(StructuredMatrix):
         return torch.fft.irfft(spectrum(self.c)[:, None] * spectrum(X), self.n, dim=0).to(X.dtype)
 
     def tmm(self, X):
-        return torch.fft.irfft(spectrum(self.c).conj()[:, None] * spectrum(X), self.n, dim=0).to(X.dtype)
+        return torch.fft.irfft(spectrum(self.c).conj()[:, None] * spectrum(X), self.n, dim=0).to(
+            X.dtype
+        )
 
     def compose(self, other):
         return Circulant(self.mm(other.c[:, None])[:, 0])

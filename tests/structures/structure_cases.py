@@ -15,7 +15,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def member(name, n, dtype=torch.float64):
     """A random member, as asymmetric as the structure allows, of about unit norm in every size."""
     eye = structure(name)(n, dtype=torch.float64)
-    return eye.map(lambda t: (torch.randn_like(t) / n**0.5)).to(dtype=dtype)
+    return eye.map(lambda t: torch.randn_like(t) / n**0.5).to(dtype=dtype)
 
 
 def tolerance(dtype):

@@ -16,7 +16,11 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if torch.is_tensor(t)]
+        sizes = [
+            t.untyped_storage().nbytes() // t.element_size()
+            for t in tree_leaves(out)
+            if torch.is_tensor(t)
+        ]
         self.numel = max([self.numel, *sizes])
         return out
 

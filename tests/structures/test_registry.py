@@ -17,7 +17,9 @@ from singd.structures import BlockDiagonal, Dense
 )  # fmt: skip
 def test_names_are_canonical(name):
     assert structure(name).name == name
-    assert structure(structure(name)) is structure(name) or structure(structure(name)) == structure(name)
+    assert structure(structure(name)) is structure(name) or structure(structure(name)) == structure(
+        name
+    )
     assert structure(name)(3, dtype=torch.float64).dtype == torch.float64
 
 
@@ -58,13 +60,17 @@ def test_registering():
     register_structure("circulant", Circulant)
     assert structure("circulant") is registered_structures()["circulant"]
     assert structure(Circulant).name == "circulant"
-    with pytest.raises(ValueError, match="The structure name 'dense' is taken; choose another one."):
+    with pytest.raises(
+        ValueError, match="The structure name 'dense' is taken; choose another one."
+    ):
         register_structure("dense", Circulant)
     with pytest.raises(ValueError, match="The structure name 'block7diagonal' is taken"):
         register_structure("block7diagonal", Circulant)
 
 
-@pytest.mark.parametrize("name", ["blok30", "block0diagonal", "hierarchical4", "Dense", "rank-1", ""])
+@pytest.mark.parametrize(
+    "name", ["blok30", "block0diagonal", "hierarchical4", "Dense", "rank-1", ""]
+)
 def test_unknown_names(name):
     with pytest.raises(ValueError) as raised:
         structure(name)
@@ -72,5 +78,7 @@ def test_unknown_names(name):
 
 
 def test_unknown_kinds():
-    with pytest.raises(TypeError, match="A structure must be a name, a class or a function of n, got 30."):
+    with pytest.raises(
+        TypeError, match="A structure must be a name, a class or a function of n, got 30."
+    ):
         structure(30)

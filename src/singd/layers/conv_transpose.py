@@ -51,8 +51,8 @@ def zero_stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """Put zeros between neighbours: x [B, C, *n] -> [B, C, *((n - 1) * stride + 1)]."""
     if all(s == 1 for s in stride):
         return x
-    stuffed = ((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True))
+    stuffed = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     out = x.new_zeros(*x.shape[:2], *stuffed)
-    every = [slice(None, None, s) for s in stride]
-    out[(slice(None), slice(None), *every)] = x
+    every = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
+    out[tuple(every)] = x
     return out

@@ -132,7 +132,9 @@ class StructuredMatrix(ABC):
 
     def add_(self: Self, other: Self, alpha: float | Tensor = 1.0) -> Self:
         """Add ``alpha`` times another matrix in place."""
-        if isinstance(alpha, Tensor):  # multiplied first: torch's own alpha would wait for the device
+        if isinstance(
+            alpha, Tensor
+        ):  # multiplied first: torch's own alpha would wait for the device
             other, alpha = other * alpha, 1.0
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.add_(theirs, alpha=alpha)
@@ -178,7 +180,9 @@ class StructuredMatrix(ABC):
             ValueError: If the vector is of another length.
         """
         if flat.shape != (self.numel,):
-            raise ValueError(f"{self!r} stores {self.numel} numbers, got a tensor of {tuple(flat.shape)}.")
+            raise ValueError(
+                f"{self!r} stores {self.numel} numbers, got a tensor of {tuple(flat.shape)}."
+            )
         old = self.tensors()
         parts = flat.split([t.numel() for t in old])
         return self.with_tensors([p.view(t.shape) for p, t in zip(parts, old, strict=True)])

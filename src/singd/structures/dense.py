@@ -49,7 +49,9 @@ class Dense(StructuredMatrix):
     def sandwich(self, rows: RowsLike) -> Dense:
         if rows.count <= 2 * self.n:
             return self.project(self.a.T @ rows.matrix().T)  # 2 m n^2 multiplications
-        return Dense(self.a.T @ (rows.gram() @ self.a))  # m n^2 + 2 n^3, or less where rows are lazy
+        return Dense(
+            self.a.T @ (rows.gram() @ self.a)
+        )  # m n^2 + 2 n^3, or less where rows are lazy
 
     def dense(self) -> Tensor:
         return self.a

@@ -59,9 +59,7 @@ class Family:
             raise ValueError(f"The sizes in {self.pattern.format(*sizes)!r} must be at least 1.")
         name = self.pattern.format(*sizes)
         words = self.members.format(*sizes)
-        return Structure(
-            name, self.make(*sizes), words, self.projection, self.numbers, self.cost
-        )
+        return Structure(name, self.make(*sizes), words, self.projection, self.numbers, self.cost)
 
     def parse(self, name: str) -> Structure | None:
         match = re.fullmatch(self.pattern.replace("{}", r"(\d+)"), name)
@@ -94,7 +92,8 @@ FAMILIES = (
         hierarchical,
         ((15, 15), (3, 2)),
         "dense corners of {} and {}, joined by borders and a diagonal",
-        r"\text{corners } N_{11}, N_{33},\text{ borders } 2 N_{12}, 2 N_{13}, 2 N_{32},\; \operatorname{diag} N_{22}",
+        r"\text{corners } N_{11}, N_{33},\text{ borders } 2 N_{12}, 2 N_{13}, 2 N_{32},\;"
+        r"\operatorname{diag} N_{22}",
         "(k_1 + k_2 + 1) d",
         "(k_1 + k_2) d",
     ),
@@ -132,8 +131,15 @@ _FIXED = (
     Structure("dense", Dense.eye, "all matrices", "N", "d^2", "d^2"),
     Structure("diagonal", Diagonal.eye, "diagonal matrices", r"\operatorname{diag}(N)", "d", "d"),
     *(family.of(*sizes) for family in FAMILIES for sizes in family.shown),
-    Structure("triltoeplitz", lower(UpperToeplitz.eye), "lower triangular, constant along diagonals", *_TOEPLITZ),
-    Structure("triutoeplitz", UpperToeplitz.eye, "upper triangular, constant along diagonals", *_TOEPLITZ),
+    Structure(
+        "triltoeplitz",
+        lower(UpperToeplitz.eye),
+        "lower triangular, constant along diagonals",
+        *_TOEPLITZ,
+    ),
+    Structure(
+        "triutoeplitz", UpperToeplitz.eye, "upper triangular, constant along diagonals", *_TOEPLITZ
+    ),
 )
 _REGISTRY: dict[str, Structure] = {s.name: s for s in _FIXED}
 
@@ -161,7 +167,9 @@ def structure(spec: Any) -> Structure:
     if known is None:
         patterns = [family.pattern.format("K", "K") for family in FAMILIES]
         choices = ", ".join([name for name in _REGISTRY if not re.search(r"\d", name)] + patterns)
-        raise ValueError(f"Unknown structure {spec!r}; choose from {choices} (K is a size of your choice).")
+        raise ValueError(
+            f"Unknown structure {spec!r}; choose from {choices} (K is a size of your choice)."
+        )
     return known
 
 
@@ -179,7 +187,9 @@ def _named(name: str, make: Make) -> Structure:
     return Structure(name, make)
 
 
-def register_structure(name: str, make: Make | type[StructuredMatrix], members: str = "") -> Structure:
+def register_structure(
+    name: str, make: Make | type[StructuredMatrix], members: str = ""
+) -> Structure:
     """Give a structure a name, usable wherever one is.
 
     Args:
@@ -190,14 +200,15 @@ def register_structure(name: str, make: Make | type[StructuredMatrix], members: 
     Raises:
         ValueError: If the name is taken by another structure.
     """
-    make = make.eye if isinstance(make, type) else make
+    is_class = isinstance(make, type) and issubclass(make, StructuredMatrix)
+    maker: Make = make.eye if is_class else make  # type: ignore[union-attr]
     try:
         known = structure(name)
     except ValueError:
         known = None
-    if known is not None and known.make != make:
+    if known is not None and known.make != maker:
         raise ValueError(f"The structure name {name!r} is taken; choose another one.")
-    _REGISTRY[name] = Structure(name, make, members)
+    _REGISTRY[name] = Structure(name, maker, members)
     return _REGISTRY[name]
 
 

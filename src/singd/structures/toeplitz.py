@@ -67,7 +67,9 @@ class UpperToeplitz(StructuredMatrix):
         return self._means((self.n - s) * correlations[0] - correlations[1])
 
     def cogram(self) -> UpperToeplitz:
-        return self.gram()  # A A^T is A^T A mirrored in its antidiagonal, which keeps each diagonal's sum
+        return (
+            self.gram()
+        )  # A A^T is A^T A mirrored in its antidiagonal, which keeps each diagonal's sum
 
     def trace(self) -> Tensor:
         return self.n * self.t[0].to(wide(self.t))

@@ -68,11 +68,15 @@ class Upper(StructuredMatrix):
 
     def gram(self) -> Upper:
         # A^T A = [[A^T A, A^T B], [., B^T B + D^T D]]
-        return Upper(self.A.gram(), 2 * self.A.tmm(self.B), self.D.gram() + self.D.project(self.B.T))
+        return Upper(
+            self.A.gram(), 2 * self.A.tmm(self.B), self.D.gram() + self.D.project(self.B.T)
+        )
 
     def cogram(self) -> Upper:
         # A A^T = [[A A^T + B B^T, B D^T], [., D D^T]]
-        return Upper(self.A.cogram() + self.A.project(self.B), 2 * self.D.mm(self.B.T).T, self.D.cogram())
+        return Upper(
+            self.A.cogram() + self.A.project(self.B), 2 * self.D.mm(self.B.T).T, self.D.cogram()
+        )
 
 
 def lower(make: Callable[..., StructuredMatrix]) -> Callable[..., StructuredMatrix]:
