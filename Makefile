@@ -1,7 +1,6 @@
 # Everything runs in .venv, which each target makes or renews when it needs to.
 PYTHON ?= python3
 BIN := .venv/bin
-export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types doctest tests gallery clean
@@ -18,7 +17,7 @@ help: ## Show this list
 	@touch $@
 
 demo: .venv/ready ## Train a small CNN on real MNIST images with SINGD, AdamW and SGD
-	@$(BIN)/python gallery/1_start/plot_10_first_steps.py
+	@$(BIN)/python tools/run_page.py gallery/1_start/plot_10_first_steps.py build/demo
 
 test: lint types doctest tests gallery ## Run all that proves the project
 	@echo "All checks passed."
@@ -37,7 +36,7 @@ tests: .venv/ready ## Run the tests, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 gallery: .venv/ready ## Run every page of the gallery as a script
-	@for page in gallery/*/plot_*.py; do echo "== $$page"; $(BIN)/python $$page || exit 1; done
+	@for page in gallery/*/plot_*.py; do echo "== $$page"; $(BIN)/python tools/run_page.py $$page || exit 1; done
 
 clean: ## Remove what the targets made
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
