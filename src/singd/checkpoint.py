@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from singd.optimizer import SINGD
 
 FACTORS = ("K", "C", "m_K", "m_C")
+OWN_DTYPE = (*FACTORS, "exp_avg", "exp_avg_sq")  # may differ from the parameter's
 
 
 def pack(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def complete(optimizer: SINGD, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict for torch to load.
 
     With the options that it does not hold (callables, structures with code of their own), with copies of its
-    tensors, because torch would go on training in those of the caller, and without the factors.
+    tensors, because torch would go on training in those of the caller, and without those of a dtype of their own.
     """
     groups = []
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
@@ -102,14 +103,14 @@ def complete(optimizer: SINGD, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         groups.append({**mine, **_copied(saved), "structures": group["structures"]})
     state = {}
     for index, entry in state_dict["state"].items():
-        state[index] = _copied({name: v for name, v in entry.items() if name not in FACTORS})
+        state[index] = _copied({name: v for name, v in entry.items() if name not in OWN_DTYPE})
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def restore_factors(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
-    """Load the factors in their own dtype: torch would cast them to the parameter's."""
+def restore(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
+    """Load what has a dtype of its own: torch would cast it to the parameter's."""
     for p, state, _ in _pairs(optimizer, state_dict):
-        for key in FACTORS:
+        for key in OWN_DTYPE:
             if key in state:
                 optimizer.state[p][key] = state[key].to(p.device, copy=True)
 
@@ -119,4 +120,4 @@ def state_bytes(state: Mapping[str, Any]) -> int:
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
 
 
-__all__ = ["FACTORS", "SIDES", "check", "complete", "pack", "restore_factors", "state_bytes"]
+__all__ = ["FACTORS", "SIDES", "check", "complete", "pack", "restore", "state_bytes"]

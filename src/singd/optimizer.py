@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 
 from singd import checkpoint, options, report, scaler
 from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
-from singd.statistics import Statistics, added, gather, watch, without_autocast
+from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
 from singd.update import moved_factor, natural_gradient, riemannian_momenta
 
@@ -392,7 +392,8 @@ class SINGD(torch.optim.Optimizer):
 
     def _update_factors(self, block: Block, state: dict[str, Any], statistics: Statistics) -> None:
         group = block.group
-        K, C, m_K, m_C = (self._factor(block, key) for key in checkpoint.FACTORS)
+        factors = [self._factor(block, key) for key in checkpoint.FACTORS]
+        K, C, m_K, m_C = (F.to(dtype=accumulation_dtype(F.dtype)) for F in factors)
         H_K, H_C, some = statistics.normalised()
         new_m_K, new_m_C = riemannian_momenta(
             *(K, C, m_K, m_C, H_K, H_C),
@@ -409,7 +410,7 @@ class SINGD(torch.optim.Optimizer):
         normalize = group["normalize_lr_cov"]
         new_K = moved_factor(K, new_m_K, lr_cov=lr_cov, normalize=normalize)
         new_C = moved_factor(C, new_m_C, lr_cov=lr_cov, normalize=normalize)
-        for old, new in ((K, new_K), (C, new_C), (m_K, new_m_K), (m_C, new_m_C)):
+        for old, new in zip(factors, (new_K, new_C, new_m_K, new_m_C), strict=True):
             for o, n in zip(old.tensors(), new.tensors(), strict=True):
                 o.copy_(torch.where(some, n, o))  # nothing finite was seen: stay
         state["last_update"] = state["step"]
@@ -442,14 +443,16 @@ class SINGD(torch.optim.Optimizer):
             state = self.state[p]
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
+                state["exp_avg"] = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = _beside(state[name], p)
+                state[name] = state[name].to(device=p.device, dtype=accumulation_dtype(p.dtype))
         states = [self.state[p] for p in params]
+        # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
+        wide = [p.to(accumulation_dtype(p.dtype)) for p in params]
         adamw(
-            params,  # type: ignore[arg-type]
-            [p.grad for p in params if p.grad is not None],
+            wide,
+            [p.grad.to(w.dtype) for p, w in zip(params, wide, strict=True) if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -463,6 +466,9 @@ class SINGD(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        for p, w in zip(params, wide, strict=True):
+            if w is not p:
+                p.copy_(w)
 
     # -- checkpoints and copies ----------------------------------------------------------------------
 
@@ -484,7 +490,7 @@ class SINGD(torch.optim.Optimizer):
         self._follow()
         checkpoint.check(self, state_dict)
         super().load_state_dict(checkpoint.complete(self, state_dict))
-        checkpoint.restore_factors(self, state_dict)
+        checkpoint.restore(self, state_dict)
         self._statistics.clear()
         self._index()
         for block in self._blocks:
