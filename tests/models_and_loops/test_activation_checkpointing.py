@@ -22,7 +22,9 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.reentrant = reentrant
         self.first = nn.Linear(6, 8)
-        self.middle = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh())
+        self.middle = nn.Sequential(
+            nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh()
+        )
         self.last = nn.Linear(8, 3)
 
     def segment(self, x):

@@ -37,7 +37,7 @@ def assert_same(model, optimizer, twin, other, atol=0.0):
                 torch.testing.assert_close(a.dense(), b.dense(), rtol=0, atol=atol)
 
 
-# -- several backward passes -----------------------------------------------------------------------------
+# -- several backward passes ---------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "shared"])
@@ -145,7 +145,7 @@ def test_a_skipped_step_then_zero_grad_leaves_nothing():
     assert_same(model, optimizer, twin, other)
 
 
-# -- other users of autograd ------------------------------------------------------------------------------
+# -- other users of autograd ---------------------------------------------------
 
 
 def _input_gradient(model, batch):
@@ -308,7 +308,7 @@ def test_a_closure_is_called_once_with_gradients_on_and_its_loss_returned():
     assert_same(model, optimizer, twin, other)
 
 
-# -- bad and empty batches -----------------------------------------------------------------------------------
+# -- bad and empty batches -----------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e200])
@@ -396,7 +396,7 @@ def test_an_empty_batch_alone_changes_no_factor():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-# -- memory ---------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------
 
 
 def test_inputs_are_let_go_with_the_backward_even_if_the_loss_is_kept():

@@ -15,7 +15,9 @@ FAST = dict(lr=0.1, T=3, lr_cov=0.1, damping=0.1)
 
 # Both are torch's own, after any graph break and from its default compiler.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
 ]
 

@@ -2,16 +2,12 @@
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from small import batch, build, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small import batch, build, train
 
 
 def same_weights(a, b):

@@ -29,9 +29,16 @@ def digits():
 )
 def test_500_steps_on_digits(digits, structure, dtype, factors):
     x, y = digits[0].to(dtype), digits[1]
-    model = nn.Sequential(nn.Linear(64, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 10)).to(dtype)
+    model = nn.Sequential(nn.Linear(64, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 10)).to(
+        dtype
+    )
     optimizer = SINGD(
-        model, lr=0.01, T=5, lr_cov=0.02, structures=(structure, structure), preconditioner_dtype=factors
+        model,
+        lr=0.01,
+        T=5,
+        lr_cov=0.02,
+        structures=(structure, structure),
+        preconditioner_dtype=factors,
     )
     generator = torch.Generator().manual_seed(0)
     losses = []

@@ -28,16 +28,16 @@ def start(directory):
 def run_and_kill(directory, rng):
     """The step that the process had reached when it was killed, at some moment of the next few steps."""
     process = start(directory)
-    wait_for = rng.randrange(1, 40)
-    for line in process.stdout:
-        wait_for -= 1
-        if wait_for == 0:
+    steps = rng.randrange(1, 40)
+    for i, line in enumerate(process.stdout):
+        if i == steps:
             time.sleep(rng.uniform(0, 0.01))  # a step with its checkpoint takes a few ms
             process.send_signal(signal.SIGKILL)
+            reached = int(line)
             break
     process.stdout.close()
     assert process.wait(timeout=60) == -signal.SIGKILL
-    return int(line)
+    return reached
 
 
 def test_killed_and_resumed_is_uninterrupted(tmp_path):
@@ -56,4 +56,6 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path):
         assert torch.equal(value, b["model"][key]), key
     for index, state in a["optimizer"]["state"].items():
         for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["optimizer"]["state"][index][key])), key
+            assert torch.equal(
+                torch.as_tensor(value), torch.as_tensor(b["optimizer"]["state"][index][key])
+            ), key

@@ -30,7 +30,7 @@ def assert_close(model, twin, atol=1e-12):
         torch.testing.assert_close(p, q, rtol=0, atol=atol)
 
 
-# -- frozen and unused -------------------------------------------------------------------------------
+# -- frozen and unused ---------------------------------------------------------
 
 
 def test_a_frozen_weight_stays_and_its_bias_trains_with_the_fallback():
@@ -155,7 +155,7 @@ def test_a_step_without_any_gradient_changes_nothing():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-# -- tied ----------------------------------------------------------------------------------------------
+# -- tied ----------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -223,7 +223,7 @@ def test_tied_weights_with_biases_of_their_own():
     assert optimizer.factors("first").K.n == 6
 
 
-# -- replaced and moved -----------------------------------------------------------------------------------
+# -- replaced and moved --------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["before the first step", "in mid-training"])
@@ -316,7 +316,7 @@ def test_a_model_moved_to_another_device_takes_its_state_along_and_never_waits_f
     assert {state[k].device.type for k in ("K", "C", "m_K", "m_C", "momentum_buffer")} == {"meta"}
 
 
-# -- groups ----------------------------------------------------------------------------------------------
+# -- groups --------------------------------------------------------------------
 
 
 def test_a_group_added_in_mid_training_is_as_one_from_the_start():
