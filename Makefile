@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,8 +35,30 @@ doctest: .venv/ready ## Run the examples in docstrings
 tests: .venv/ready ## Run the tests, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
-gallery: .venv/ready ## Run every page of the gallery as a script
-	@for page in gallery/*/plot_*.py; do echo "== $$page"; $(BIN)/python tools/run_page.py $$page || exit 1; done
+gallery: .venv/ready ## Run every notebook of the gallery and compare its outputs
+	@$(BIN)/python tools/notebooks.py check
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+notebooks: .venv/ready ## Execute the notebooks whose page changed
+	@$(BIN)/python tools/notebooks.py build
+
+.venv/docs: .venv/ready
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,lab]'
+	@touch $@
+
+docs: .venv/docs ## Build the site; unchanged pages are not run again
+	@PYTHONWARNINGS=ignore $(BIN)/sphinx-build -n -W --keep-going docs docs/_build/site
+	@echo "Open docs/_build/site/index.html, or run make serve."
+
+browser: docs ## Read the built site in a real browser (needs Chromium)
+	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py
+
+serve: docs ## Serve the site on this machine
+	@echo "http://127.0.0.1:8000"
+	@$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/site
+
+lab: .venv/docs ## Open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab notebooks
 
 clean: ## Remove what the targets made
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist docs/_build docs/auto_gallery docs/gen_modules src/*.egg-info .*_cache

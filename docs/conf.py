@@ -1,0 +1,167 @@
+"""Sphinx configuration."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+import sphinxcontrib.katex as _katex
+
+HERE = pathlib.Path(__file__).parent.resolve()
+ROOT = HERE.parent
+
+project = "singd"
+author = "the singd developers"
+copyright = "2026, the singd developers"
+version = release = "0.1.0"
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode",
+    "sphinx_autodoc_typehints",  # after napoleon
+    "myst_nb",  # also brings MyST Markdown
+    "sphinx_gallery.gen_gallery",
+    "sphinx_design",
+    "sphinx_copybutton",
+    "sphinxcontrib.bibtex",
+    "sphinxcontrib.katex",
+    "sphinxext.opengraph",
+    "sphinx_sitemap",
+]
+exclude_patterns = [
+    "_build",
+    "**.ipynb_checkpoints",
+    # what sphinx-gallery leaves beside its .rst (myst_nb would take the .ipynb for pages)
+    "auto_gallery/**/*.ipynb",
+    "auto_gallery/**/*.py",
+    "auto_gallery/**/*.md5",
+    "auto_gallery/**/*.json",
+    "structures_table.md",  # included by a page
+]
+nitpicky = True
+
+# -- reST, MyST, notebooks, bibliography
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+nb_execution_mode = "off"  # notebooks are committed with their outputs; nbval runs them
+bibtex_bibfiles = ["refs.bib"]
+bibtex_default_style = "unsrt"
+math_eqref_format = "({number})"
+
+# -- API
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+always_use_bars_union = True
+typehints_defaults = "comma"
+
+# -- other projects' names, with no network: plain-text (version 1) inventories kept in docs/_inv
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", str(HERE / "_inv" / "python.inv")),
+    "torch": ("https://docs.pytorch.org/docs/stable/", str(HERE / "_inv" / "torch.inv")),
+}
+
+# -- maths: set by KaTeX at build time (node), a style sheet and fonts from docs/_static/katex.
+# That folder is npm's katex@0.16.22: the release whose katex.min.js is in the sphinxcontrib-katex wheel.
+katex_prerender = True
+katex_css_path = "katex/katex.min.css"
+# `katex_options` is not read when prerendering; this is. throwOnError: bad maths ends the build.
+_katex.KATEX_DEFAULT_OPTIONS.update(throwOnError=True, macros={r"\E": r"\operatorname{\mathbb{E}}"})
+
+# -- gallery
+if shutil.which("ffmpeg") is None:  # by PATH, since sphinx-gallery resets matplotlib's rcParams
+    import imageio_ffmpeg
+
+    _bin = pathlib.Path(tempfile.mkdtemp()) / "ffmpeg"
+    _bin.symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    os.environ["PATH"] = f"{_bin.parent}{os.pathsep}{os.environ['PATH']}"
+
+sphinx_gallery_conf = {
+    "examples_dirs": [str(ROOT / "gallery")],
+    "gallery_dirs": ["auto_gallery"],
+    "filename_pattern": r"/plot_",
+    "within_subsection_order": "FileNameSortKey",  # the class itself: an 'unpickleable' warning
+    "matplotlib_animations": (
+        True,
+        "html5",
+    ),  # jshtml asks a CDN for Font Awesome and is 60 times larger
+    "backreferences_dir": "gen_modules",
+    "doc_module": ("singd",),
+    "remove_config_comments": True,
+    "abort_on_example_error": True,
+    "write_computation_times": False,
+    "min_reported_time": 1e9,
+    "image_srcset": ["2x"],
+    "download_all_examples": False,
+}
+
+# -- HTML
+html_theme = "pydata_sphinx_theme"
+html_title = "singd"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_baseurl = "https://example.org/singd/"
+html_show_sourcelink = False
+html_context = {"default_mode": "auto"}  # without it: a console warning on the first visit
+html_sidebars = {
+    p: []
+    for p in (
+        "index",
+        "install",
+        "concepts",
+        "structures",
+        "choosing",
+        "api",
+        "comparison",
+        "changelog",
+        "bibliography",
+    )
+}
+html_theme_options = {
+    "navbar_align": "left",
+    "navbar_end": ["theme-switcher"],
+    "show_toc_level": 2,
+    "navigation_with_keys": True,
+    "header_links_before_dropdown": 6,
+    "pygments_light_style": "tango",
+    "pygments_dark_style": "monokai",
+    "secondary_sidebar_items": [
+        "page-toc",
+        "sg_download_links",
+    ],  # sphinx-gallery's downloads in the sidebar
+}
+sitemap_url_scheme = "{link}"
+sitemap_show_lastmod = False
+ogp_site_url = html_baseurl
+ogp_social_cards = {"enable": False}
+
+
+def _bring_notebooks(app):
+    """The executed notebooks/*.ipynb become the gallery's downloads."""
+    for page in HERE.glob("auto_gallery/*/plot_*.rst"):
+        shutil.copyfile(ROOT / "notebooks" / f"{page.stem}.ipynb", page.with_suffix(".ipynb"))
+
+
+def _write_structures_table(app):
+    """The table of structures, from the registry."""
+    from singd import registered_structures
+
+    lines = [
+        "| name | matrices | $P(N)$ | numbers stored | product with a vector |",
+        "|---|---|---|---|---|",
+    ]
+    for name, s in registered_structures().items():
+        lines.append(f"| `{name}` | {s.members} | ${s.projection}$ | ${s.numbers}$ | ${s.cost}$ |")
+    text = "\n".join(lines) + "\n"
+    path = HERE / "structures_table.md"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def setup(app):
+    app.connect("builder-inited", _bring_notebooks, priority=900)  # after sphinx-gallery's
+    app.connect("builder-inited", _write_structures_table)

@@ -1,0 +1,250 @@
+"""The built site, read as a person would: a real browser with no network."""
+
+from __future__ import annotations
+
+import functools
+import html.parser
+import http.server
+import json
+import os
+import pathlib
+import shutil
+import threading
+import urllib.parse
+
+import pytest
+
+SITE = pathlib.Path(
+    os.environ.get("SINGD_SITE", pathlib.Path(__file__).parent.parent / "docs/_build/site")
+)
+CHROMIUM = os.environ.get("CHROMIUM", shutil.which("chromium") or "chromium")
+REQUIRED = bool(os.environ.get("SINGD_BROWSER"))  # CI: what would be skipped fails
+pytestmark = pytest.mark.skipif(
+    not REQUIRED and not (SITE / "index.html").exists(), reason="no site built: run `make docs`"
+)
+PAGES = sorted(
+    p.relative_to(SITE).as_posix()
+    for p in SITE.rglob("*.html")
+    if not p.relative_to(SITE).parts[0].startswith(("_", "genindex", "search"))
+)
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+# ---- links, without a browser
+class _Links(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.refs, self.ids = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if "id" in a:
+            self.ids.add(a["id"])
+        if tag == "a" and "name" in a:
+            self.ids.add(a["name"])
+        for k in ("href", "src", "poster"):
+            if a.get(k) and not (tag == "link" and a.get("rel") in ("canonical", "search")):
+                self.refs.append(a[k])
+
+
+@functools.lru_cache(None)
+def _read(path: pathlib.Path) -> _Links:
+    p = _Links()
+    p.feed(path.read_text(encoding="utf-8"))
+    return p
+
+
+def test_internal_links():
+    bad = []
+    for page in (p for p in SITE.rglob("*.html") if "_static" not in p.parts):
+        for ref in _read(page).refs:
+            u = urllib.parse.urlsplit(ref)
+            if u.scheme or u.netloc:
+                continue
+            target = (page.parent / urllib.parse.unquote(u.path)).resolve() if u.path else page
+            if target.is_dir():
+                target /= "index.html"
+            if not target.exists():
+                bad.append(f"{page.relative_to(SITE)}: {ref}: no such file")
+            elif (
+                u.fragment
+                and target.suffix == ".html"
+                and urllib.parse.unquote(u.fragment) not in _read(target).ids
+            ):
+                bad.append(f"{page.relative_to(SITE)}: {ref}: no such anchor")
+    assert not bad, "\n".join(sorted(set(bad)))
+
+
+# ---- the browser
+@pytest.fixture(scope="module")
+def base():
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *a):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(SITE))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not REQUIRED and not pathlib.Path(CHROMIUM).exists():
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield b
+        b.close()
+
+
+@pytest.fixture
+def visit(browser, base):
+    """visit(path, ...) -> page; fails at the end on console errors, failed or outside requests."""
+    contexts, trouble = [], []
+
+    def go(path, *, width=1280, height=900, scheme="light"):
+        ctx = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
+        )
+        contexts.append(ctx)
+
+        def outside(route):
+            trouble.append(f"asked the network for {route.request.url}")
+            route.abort()
+
+        ctx.route(lambda u: not u.startswith((base, "data:", "blob:")), outside)
+        page = ctx.new_page()
+        page.set_default_timeout(15000)
+        page.on(
+            "console",
+            lambda m: (
+                trouble.append(f"console: {m.text}") if m.type in ("error", "warning") else None
+            ),
+        )
+        page.on("pageerror", lambda e: trouble.append(f"script: {e}"))
+        page.on(
+            "response", lambda r: trouble.append(f"{r.status} {r.url}") if r.status >= 400 else None
+        )
+        page.goto(base + path)
+        page.wait_for_load_state("load")
+        return page
+
+    yield go
+    for c in contexts:
+        c.close()
+    assert not trouble, "\n".join(trouble)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page(visit, path):
+    page = visit(path)
+    assert page.locator("h1").count() >= 1
+    assert page.locator(".katex-error, mjx-merror").count() == 0
+    broken = page.evaluate(
+        "[...document.images].filter(i => i.loading !== 'lazy' && !(i.complete && i.naturalWidth)).map(i => i.src)"
+    )
+    assert broken == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_sideways_scroll_on_a_phone(visit, path):
+    page = visit(path, width=390, height=844)
+    wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0
+
+
+def test_maths(visit):
+    page = visit("api.html")
+    n = page.locator(".katex").count()
+    assert n > 5 and page.locator(".katex .katex-html").count() == n
+    page.evaluate("document.fonts.ready")
+    assert page.evaluate(
+        "document.fonts.check('16px KaTeX_Main') && [...document.fonts].some(f => f.family.includes('KaTeX_Main') && f.status == 'loaded')"
+    )
+    # a superscript is smaller than its base: catches a style sheet of another KaTeX
+    small = page.evaluate(
+        "[...document.querySelectorAll('.katex .msupsub .mtight')].length && "
+        "parseFloat(getComputedStyle(document.querySelector('.katex .msupsub .sizing')).fontSize) < "
+        "parseFloat(getComputedStyle(document.querySelector('.katex')).fontSize)"
+    )
+    assert small
+
+
+def test_search(visit):
+    page = visit("search.html?q=mnist")
+    page.wait_for_selector("#search-results li a")
+    hrefs = page.eval_on_selector_all(
+        "#search-results li a", "es => es.map(e => e.getAttribute('href'))"
+    )
+    assert any("plot_10_first_steps" in h for h in hrefs)
+
+
+def test_search_by_keyboard(visit):
+    page = visit("index.html")
+    page.keyboard.press("Control+k")
+    page.keyboard.type("kronecker")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search-results li a")
+
+
+def test_gallery_thumbnails(visit):
+    page = visit("auto_gallery/index.html")
+    thumbs = page.locator(".sphx-glr-thumbcontainer img")
+    assert thumbs.count() == len(list((SITE / "auto_gallery").glob("*/plot_*.html")))
+    for i in range(thumbs.count()):
+        thumbs.nth(i).scroll_into_view_if_needed()
+    page.wait_for_function(
+        "[...document.querySelectorAll('.sphx-glr-thumbcontainer img')].every(i => i.complete && i.naturalWidth > 50)"
+    )
+    page.locator(".sphx-glr-thumbcontainer a").first.click()
+    page.wait_for_url("**/plot_10_*.html")
+
+
+def test_notebook_download(visit, tmp_path):
+    import nbformat
+
+    page = visit("auto_gallery/1_start/plot_10_first_steps.html")
+    with page.expect_download() as d:
+        page.locator("a.reference.download:has-text('.ipynb')").last.click()
+    d.value.save_as(tmp_path / "n.ipynb")
+    nb = nbformat.read(tmp_path / "n.ipynb", as_version=4)
+    nbformat.validate(nb)
+    committed = pathlib.Path(__file__).parent.parent / "notebooks" / "plot_10_first_steps.ipynb"
+    assert json.loads((tmp_path / "n.ipynb").read_text()) == json.loads(committed.read_text())
+    assert any(o.get("data", {}).get("image/png") for c in nb.cells for o in c.get("outputs", []))
+
+
+def test_dark_mode(visit):
+    lum = "(() => {const c = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number); return c[0] + c[1] + c[2]})()"
+    assert visit("index.html", scheme="light").evaluate(lum) > 600
+    page = visit("index.html", scheme="dark")
+    assert page.evaluate(lum) < 200
+    page.locator(
+        "button.theme-switch-button:visible"
+    ).first.click()  # opens a menu, or goes to the next mode
+    item = page.locator(
+        "[data-mode='light']:visible, button:has-text('Light'):visible, .dropdown-item:has-text('Light'):visible"
+    )
+    if item.count():
+        item.first.click()
+    page.wait_for_function(f"{lum} > 600")
+    page.reload()
+    assert page.evaluate(lum) > 600  # remembered
+
+
+def test_code_can_be_copied(visit):
+    page = visit("auto_gallery/1_start/plot_10_first_steps.html")
+    assert page.locator("button.copybtn").count() > 3

@@ -1,0 +1,175 @@
+"""Make notebooks/*.ipynb from gallery/*.py, and check that they are in step.
+
+python tools/notebooks.py build [NAME ...]   convert and execute (only what changed, unless --force)
+python tools/notebooks.py check              exit 1 if a notebook's cells differ from its script's
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import pathlib
+import re
+import sys
+import textwrap
+
+import nbformat
+from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
+from sphinx_gallery.notebook import jupyter_notebook
+from sphinx_gallery.py_source_parser import remove_config_comments, split_code_and_text_blocks
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GALLERY, NOTEBOOKS = ROOT / "gallery", ROOT / "notebooks"
+SITE = "https://example.org/singd/"
+QUOTE = "\x01"  # stands for ">", which sphinx-gallery would take for a heading's underline
+# `# sphinx_gallery_nbval = "nbval-ignore-output"` in a code block: a tag of its cell (and nothing on the page)
+TAG = re.compile(r'^# sphinx_gallery_nbval = "([a-z-]+)"$', re.M)
+ADMONITIONS = "admonition|note|warning|tip|important|hint|seealso|caution|attention|danger|error"
+
+
+def _role(m: re.Match) -> str:
+    role, text = m.group(1), m.group(2)
+    title = re.match(r"(.*?)\s*<(.+)>$", text, re.S)
+    label = (title.group(1) if title else text).strip()
+    if role in {"func", "meth"}:
+        label = label.removeprefix("~") if not text.startswith("~") else text[1:].rsplit(".", 1)[-1]
+        return f"`{label}()`"
+    if role in {"class", "mod", "attr", "data", "exc", "obj"}:
+        return f"`{text[1:].rsplit('.', 1)[-1] if text.startswith('~') else label}`"
+    if role in {"ref", "doc"}:
+        target = title.group(2) if title else text
+        ex = re.match(r"sphx_glr_auto_gallery_\w*?(plot_\w+)\.py$", target)
+        if ex:
+            return f"[{label if title else ex.group(1)}]({ex.group(1)}.ipynb)"
+        return f"*{label}*"
+    if role.startswith("cite"):
+        return f"[{label}]"
+    if role == "eq":
+        return f"({label})"
+    raise SystemExit(f"no Markdown known for the role :{role}:`{text}`")
+
+
+def _rst(text: str) -> str:
+    """What sphinx-gallery's own rst2md leaves alone."""
+
+    def math(m: re.Match) -> str:
+        body = textwrap.dedent(m.group(2)) if m.group(2) else ""
+        body = "\n".join(
+            l
+            for l in body.strip("\n").splitlines()
+            if not re.match(r":(label|nowrap|no-wrap|name|class):", l)
+        )
+        body = "\n\n".join(filter(None, [m.group(1).strip(), body.strip()]))
+        return f"$$\n{body}\n$$\n"
+
+    def admonition(m: re.Match) -> str:
+        kind, rest, body = m.group(1), m.group(2).strip(), textwrap.dedent(m.group(3) or "").strip()
+        head = rest if kind == "admonition" else kind.capitalize()
+        if kind != "admonition" and rest:
+            body = f"{rest}\n{body}".strip()
+        quoted = "\n".join(f"{QUOTE} {l}".rstrip() for l in body.splitlines())
+        return f"{QUOTE} **{head}**\n{QUOTE}\n{quoted}\n"
+
+    block = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
+    text = re.sub(r"^\.\. math::([^\n]*)" + block, math, text, flags=re.M)
+    text = re.sub(rf"^\.\. ({ADMONITIONS})::([^\n]*)" + block, admonition, text, flags=re.M)
+    text = re.sub(r":(?!math\b)([a-z]+(?::[a-z]+)?):`([^`]+)`", _role, text)
+    return text.replace("``", "`")
+
+
+def convert(script: pathlib.Path) -> nbformat.NotebookNode:
+    _, blocks = split_code_and_text_blocks(str(script))
+    new, tags = [], []
+    for b in blocks:
+        kind, content, line = tuple(b)[:3]
+        tags.append(TAG.findall(content) if kind == "code" else [])
+        content = _rst(content) if kind == "text" else remove_config_comments(content)
+        new.append(type(b)(kind, content, line) if hasattr(b, "_fields") else (kind, content, line))
+    conf = copy.deepcopy(DEFAULT_GALLERY_CONF)
+    raw = jupyter_notebook(new, conf, str(script.parent))
+    nb = nbformat.v4.new_notebook()
+    nb.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for i, c in enumerate(raw["cells"]):
+        source = "".join(c["source"]).strip("\n").replace(QUOTE, ">")
+        make = (
+            nbformat.v4.new_code_cell if c["cell_type"] == "code" else nbformat.v4.new_markdown_cell
+        )
+        cell = make(source)
+        if tags[i]:
+            cell["metadata"]["tags"] = tags[i]
+        cell["id"] = f"{script.stem.replace('_', '-')[:40]}-{i:02d}"
+        nb.cells.append(cell)
+    nbformat.validate(nb)
+    return nb
+
+
+def key(nb: nbformat.NotebookNode) -> str:
+    s = repr([(c.cell_type, c.id, c.source, c.metadata.get("tags")) for c in nb.cells])
+    return hashlib.sha256(s.encode()).hexdigest()
+
+
+def execute(nb: nbformat.NotebookNode) -> None:
+    from nbclient import NotebookClient
+
+    NotebookClient(
+        nb,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(NOTEBOOKS)}},
+    ).execute()
+    nb.metadata["language_info"] = {"name": "python"}  # no versions, no churn
+
+
+def write(nb: nbformat.NotebookNode, path: pathlib.Path) -> None:
+    path.write_text(nbformat.writes(nb, version=4) + "\n", encoding="utf-8")
+
+
+def scripts() -> list[pathlib.Path]:
+    return sorted(GALLERY.glob("*/plot_*.py"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("command", choices=["build", "check"])
+    p.add_argument("names", nargs="*")
+    p.add_argument("--force", action="store_true")
+    p.add_argument("--no-execute", action="store_true")
+    a = p.parse_args(argv)
+    bad = []
+    for s in scripts():
+        if a.names and s.stem not in a.names:
+            continue
+        path = NOTEBOOKS / f"{s.stem}.ipynb"
+        nb = convert(s)
+        old = nbformat.read(path, 4) if path.exists() else None
+        same = old is not None and key(old) == key(nb)
+        unrun = old is None or any(
+            c.cell_type == "code" and c.execution_count is None for c in old.cells
+        )
+        if a.command == "check":
+            if not same or unrun:
+                bad.append(
+                    f"{path.relative_to(ROOT)}: "
+                    + ("not executed" if same else "differs from its script")
+                )
+        elif not same or unrun or a.force:
+            if not a.no_execute:
+                execute(nb)
+            write(nb, path)
+            print("wrote", path.relative_to(ROOT))
+    extra = {q.stem for q in NOTEBOOKS.glob("plot_*.ipynb")} - {s.stem for s in scripts()}
+    bad += [f"notebooks/{e}.ipynb: has no script" for e in sorted(extra)]
+    print("\n".join(bad) or "ok", file=sys.stderr if bad else sys.stdout)
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
