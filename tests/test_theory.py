@@ -29,8 +29,7 @@ def momenta(K, C, U, G, **options):
     K, C = Dense(K), Dense(C)
     zero = [Dense(torch.zeros_like(M.dense())) for M in (K, C)]
     H = [Dense(M.dense().T @ S @ M.dense()) for M, S in ((K, U), (C, G))]
-    eyes = [Dense.eye(M.n, dtype=F64) for M in (K, C)]
-    return riemannian_momenta(K, C, *zero, *H, *eyes, **options)
+    return riemannian_momenta(K, C, *zero, *H, **options)
 
 
 # -- SINGD ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from singd.layers import LayerKind, find_kind
 from singd.options import dtypes, resolve
-from singd.structures import StructuredMatrix
+from singd.structures import Dense, DenseProduct, StructuredMatrix
 
 SIDES = ("K", "C")
 
@@ -36,6 +36,7 @@ class Block:
     )
     _blueprints: dict[str, tuple[str, int, StructuredMatrix]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, StructuredMatrix]] = field(default_factory=dict)
+    _products: dict[str, tuple[Tensor, DenseProduct]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -82,8 +83,19 @@ class Block:
             self._views[key] = known
         return known[1]
 
+    def product(self, key: str, flat: Tensor) -> DenseProduct | StructuredMatrix:
+        """K K^T (or C C^T) where it is worth keeping between updates, else the factor itself."""
+        matrix = self.view(key, flat)
+        if not isinstance(matrix, Dense) or self.group["T"] == 1:
+            return matrix
+        known = self._products.get(key)
+        if known is None or known[0] is not flat:  # every update makes a new tensor
+            known = (flat, DenseProduct(matrix.a @ matrix.a.T))
+            self._products[key] = known
+        return known[1]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_blueprints": {}, "_views": {}}
+        return {**self.__dict__, "_blueprints": {}, "_views": {}, "_products": {}}
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from singd import checkpoint, options, report, scaler
 from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
 from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
-from singd.update import moved_factor, natural_gradient, riemannian_momenta
+from singd.update import Outer, moved_factor, natural_gradient, riemannian_momenta
 
 
 class Factors(NamedTuple):
@@ -71,6 +71,8 @@ class SINGD(torch.optim.Optimizer):
         fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); None: leave
             them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
+        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` of dense factors between updates (T > 1):
+            half the cost of a step, for half of the factors' memory again.
 
     Raises:
         TypeError: For an option of the wrong type.
@@ -98,6 +100,7 @@ class SINGD(torch.optim.Optimizer):
         *,
         fallback: Mapping[str, Any] | None = options.ADAMW,
         grad_scaler: torch.amp.GradScaler | None = None,
+        cache_products: bool = True,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
@@ -129,6 +132,7 @@ class SINGD(torch.optim.Optimizer):
             set()
         )  # those that statistics came from, or a warning was given for
         self.grad_scaler = grad_scaler
+        self.cache_products = cache_products
         if params is None:
             groups = self._everything(model, warn_unsupported)
         else:
@@ -304,6 +308,13 @@ class SINGD(torch.optim.Optimizer):
             state[key] = state[key].to(block.weight.device)
         return block.view(key, state[key])
 
+    def _outer(self, block: Block, side: str) -> Outer:
+        """A factor for the natural gradient, as its product where ``cache_products`` keeps it."""
+        factor = self._factor(block, side)  # moves the state to the weight's device
+        return (
+            block.product(side, self.state[block.weight][side]) if self.cache_products else factor
+        )
+
     # -- the step ----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -377,7 +388,8 @@ class SINGD(torch.optim.Optimizer):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
         bias_grad = grads[1] if block.bias is not None else None
         dW = block.kind.to_matrix(layer, grads[0], bias_grad)
-        N = natural_gradient(self._factor(block, "K"), self._factor(block, "C"), dW)
+        K, C = (self._outer(block, side) for side in SIDES)
+        N = natural_gradient(K, C, dW)
         weight, bias = block.kind.from_matrix(layer, N, block.bias is not None)
         directions = {block.weight: weight.to(block.weight.dtype)}
         if block.bias is not None and bias is not None:
@@ -400,22 +412,20 @@ class SINGD(torch.optim.Optimizer):
         H_K, H_C, some = statistics.normalised()
         new_m_K, new_m_C = riemannian_momenta(
             *(K, C, m_K, m_C, H_K, H_C),
-            block.identity(
-                "K", dtype=K.dtype
-            ),  # a model's dtype may have changed since, the factor's has not
-            block.identity("C", dtype=C.dtype),
             damping=group["damping"],
             alpha1=group["alpha1"],
             normalize=group["normalize_lr_cov"],
             kfac_like=group["kfac_like"],
+            weight=some,  # nothing finite was seen: stay
         )
-        lr_cov = options.step_size(group["lr_cov"], state["step"])
-        normalize = group["normalize_lr_cov"]
-        new_K = moved_factor(K, new_m_K, lr_cov=lr_cov, normalize=normalize)
-        new_C = moved_factor(C, new_m_C, lr_cov=lr_cov, normalize=normalize)
-        for old, new in zip(factors, (new_K, new_C, new_m_K, new_m_C), strict=True):
-            for o, n in zip(old.tensors(), new.tensors(), strict=True):
-                o.copy_(torch.where(some, n, o))  # nothing finite was seen: stay
+        step = {
+            "lr_cov": options.step_size(group["lr_cov"], state["step"]),
+            "normalize": group["normalize_lr_cov"],
+            "weight": some,
+        }
+        new = (moved_factor(K, new_m_K, **step), moved_factor(C, new_m_C, **step), new_m_K, new_m_C)
+        for key, matrix in zip(checkpoint.FACTORS, new, strict=True):
+            state[key] = matrix.to(dtype=state[key].dtype).flat()
         state["last_update"] = state["step"]
 
     def _step_sgd(
@@ -511,6 +521,7 @@ class SINGD(torch.optim.Optimizer):
             "_heard",
             "_announced",
             "grad_scaler",
+            "cache_products",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

@@ -40,9 +40,13 @@ class Statistics:
     backward: int
 
     def normalised(self) -> tuple[StructuredMatrix, StructuredMatrix, Tensor]:
-        """H_K (a mean over rows), H_C (the averaging of the loss undone), and whether they hold anything."""
-        rows = self.rows.clamp(min=1.0)
-        return self.H_K * (1.0 / rows), self.H_C * self.terms, self.rows > 0
+        """H_K (a mean over rows), H_C (the averaging of the loss undone), and 1.0 if they hold anything.
+
+        The sums are used up.
+        """
+        self.H_K.mul_(1.0 / self.rows.clamp(min=1.0))
+        self.H_C.mul_(self.terms)
+        return self.H_K, self.H_C, (self.rows > 0).to(self.rows.dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -100,9 +104,11 @@ def gather(
     # both are positive semi-definite, so that no entry exceeds the trace
     finite = torch.isfinite(H_K.trace()) & torch.isfinite(H_C.trace())
     count = torch.zeros((), dtype=torch.promote_types(dtype_K, torch.float32), device=g.device)
+    for t in H_K.tensors() + H_C.tensors():
+        t.masked_fill_(~finite, 0.0)
     return Statistics(
-        H_K.map(lambda t: torch.where(finite, t, 0.0)),
-        H_C.map(lambda t: torch.where(finite, t, 0.0)),
+        H_K,
+        H_C,
         torch.where(finite, count + a.count, count),
         torch.where(finite & (a.count > 0), count + terms, count),
         _backward_number(),

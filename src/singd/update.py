@@ -3,19 +3,31 @@ r"""The mathematics of SINGD, one function per equation, as pure functions of st
 Symbols as in the paper: :math:`K, C` are the preconditioner factors of one layer, :math:`m_K, m_C` their
 Riemannian momenta, :math:`H_K = P(K^\top U K)` and :math:`H_C = P(C^\top G C)` the projected curvature,
 and :math:`\operatorname{tr}` the *average* trace. Everything here works for any object with the interface of
-:class:`~singd.structures.base.StructuredMatrix`; nothing is changed in place.
+:class:`~singd.structures.base.StructuredMatrix`; no argument is changed.
 
 Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from singd.structures import StructuredMatrix
+
+
+class Outer(Protocol):
+    """What the natural gradient asks of a factor: K K^T times something, in which dtype."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factor."""
+
+    def outer(self, X: Tensor) -> Tensor:
+        """K K^T X for a dense X, [n, m]."""
 
 
 def riemannian_momenta(
@@ -25,13 +37,12 @@ def riemannian_momenta(
     m_C: StructuredMatrix,
     H_K: StructuredMatrix,
     H_C: StructuredMatrix,
-    I_K: StructuredMatrix,
-    I_C: StructuredMatrix,
     *,
     damping: float,
     alpha1: float,
     normalize: bool = False,
     kfac_like: bool = False,
+    weight: Tensor | float = 1.0,
 ) -> tuple[StructuredMatrix, StructuredMatrix]:
     r"""The new momenta of both factors, from the *old* factors on both sides.
 
@@ -40,7 +51,8 @@ def riemannian_momenta(
             + \lambda \operatorname{tr}(C^\top C)\, P(K^\top K) - I\right]
 
     and :math:`m_C` with the roles exchanged. ``normalize`` scales the bracket by :math:`1 - \alpha_1`.
-    ``kfac_like`` (IKFAC) replaces both traces by one and :math:`\alpha_1` by zero.
+    ``kfac_like`` (IKFAC) replaces both traces by one and :math:`\alpha_1` by zero. ``weight`` is one, or
+    zero to leave the momenta as they are (a number on the device, so that nothing waits for it).
     """
     KK, CC = K.gram(), C.gram()  # P(K^T K), P(C^T C)
     tr_H_K: Tensor | float = 1.0
@@ -52,29 +64,33 @@ def riemannian_momenta(
     else:
         tr_H_K, tr_H_C = H_K.average_trace(), H_C.average_trace()
         tr_KK, tr_CC = KK.average_trace(), CC.average_trace()
-    scale = 0.5 * (1 - alpha1) if normalize else 0.5
+    scale = (0.5 * (1 - alpha1) if normalize else 0.5) * weight
+    decay = 1 - weight * (1 - alpha1)
 
-    new_m_K = H_K * (scale * tr_H_C) + KK * (scale * damping * tr_CC) - I_K * scale
-    new_m_C = H_C * (scale * tr_H_K) + CC * (scale * damping * tr_KK) - I_C * scale
-    if alpha1 != 0:
-        new_m_K, new_m_C = new_m_K + m_K * alpha1, new_m_C + m_C * alpha1
-    return new_m_K, new_m_C
+    new_m_K = (m_K * decay).add_(H_K, scale * tr_H_C).add_(KK, scale * damping * tr_CC)
+    new_m_C = (m_C * decay).add_(H_C, scale * tr_H_K).add_(CC, scale * damping * tr_KK)
+    return new_m_K.add_identity_(-scale), new_m_C.add_identity_(-scale)
 
 
 def moved_factor(
-    K: StructuredMatrix, m_K: StructuredMatrix, *, lr_cov: float, normalize: bool = False
+    K: StructuredMatrix,
+    m_K: StructuredMatrix,
+    *,
+    lr_cov: float,
+    normalize: bool = False,
+    weight: Tensor | float = 1.0,
 ) -> StructuredMatrix:
     r"""One step on a factor, :math:`K \leftarrow K - \beta_1 K m_K`.
 
-    ``normalize`` divides the step by :math:`\max(1, \max_{ij} |m_{K,ij}|)`.
+    ``normalize`` divides the step by :math:`\max(1, \max_{ij} |m_{K,ij}|)`; ``weight`` multiplies it.
     """
-    step: Tensor | float = lr_cov
+    step = lr_cov * weight
     if normalize:
-        step = lr_cov / m_K.max_abs().clamp(min=1.0)
-    return K - (K @ m_K) * step
+        step = step / m_K.max_abs().clamp(min=1.0)
+    return (K @ m_K).mul_(-step).add_(K)
 
 
-def natural_gradient(K: StructuredMatrix, C: StructuredMatrix, dW: Tensor) -> Tensor:
+def natural_gradient(K: Outer, C: Outer, dW: Tensor) -> Tensor:
     r"""The natural gradient :math:`N = C C^\top \, dW \, K K^\top` of a layer.
 
     Args:

@@ -43,7 +43,11 @@ def test_products_with_dense(name, n, dtype):
     close(A @ X, a @ x, dtype)
     close(A.T @ X, a.T @ x, dtype)
     close(A.tmm(X), a.T @ x, dtype)
-    close(A.outer(X), a @ (a.T @ x), dtype)
+    for wide in (X, torch.randn(n, n + 3).to(dtype)):  # two routes
+        w = wide.double()
+        close(A.outer(wide), a @ (a.T @ w), dtype)
+        close(A.co_outer(wide), a.T @ (a @ w), dtype)
+        close(A.T.outer(wide), a.T @ (a @ w), dtype)
     assert (A @ X).dtype == dtype
 
 
@@ -59,6 +63,9 @@ def test_closed_under_products_and_sums(name, n, dtype):
     close((A * half).dense(), 0.5 * a, dtype)
     close(A.map(torch.clone).add_(B, alpha=2.0).dense(), a + 2 * b, dtype)
     close(A.map(torch.clone).add_(B, alpha=half).dense(), a + 0.5 * b, dtype)
+    close(A.map(torch.clone).mul_(half).dense(), 0.5 * a, dtype)
+    for alpha in (0.5, half):
+        close(A.map(torch.clone).add_identity_(alpha).dense(), a + 0.5 * torch.eye(n), dtype)
     assert type(A @ B) is type(A + B) is type(A)
     assert (A @ B).dtype == (A * half).dtype == dtype
 
@@ -107,7 +114,7 @@ def test_storage_round_trips(name, n):
     A = member(name, n)
     a = A.dense().clone()
     assert torch.equal(A.with_tensors(A.tensors()).dense(), a)
-    flat = A.flat()
+    flat = A.flat().clone()
     assert flat.shape == (A.numel,)
     blueprint = structure(name)(n, dtype=F64, device="meta")
     view = blueprint.from_flat(flat)

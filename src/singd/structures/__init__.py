@@ -2,7 +2,7 @@
 
 from singd.structures.base import StructuredMatrix, Transposed
 from singd.structures.block_diagonal import BlockDiagonal
-from singd.structures.dense import Dense
+from singd.structures.dense import Dense, DenseProduct
 from singd.structures.diagonal import Diagonal
 from singd.structures.registry import (
     Structure,
@@ -16,6 +16,7 @@ from singd.structures.triangular import Upper
 __all__ = [
     "BlockDiagonal",
     "Dense",
+    "DenseProduct",
     "Diagonal",
     "Structure",
     "StructuredMatrix",

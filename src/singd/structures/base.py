@@ -81,6 +81,10 @@ class StructuredMatrix(ABC):
         """A A^T X for a dense X, [n, m]."""
         return self.mm(self.tmm(X))
 
+    def co_outer(self, X: Tensor) -> Tensor:
+        """A^T A X for a dense X, [n, m]."""
+        return self.tmm(self.mm(X))
+
     def gram(self: Self) -> Self:
         """P(A^T A)."""
         return self.project(self.tmm(self._identity()))
@@ -132,13 +136,22 @@ class StructuredMatrix(ABC):
 
     def add_(self: Self, other: Self, alpha: float | Tensor = 1.0) -> Self:
         """Add ``alpha`` times another matrix in place."""
-        if isinstance(
-            alpha, Tensor
-        ):  # multiplied first: torch's own alpha would wait for the device
-            other, alpha = other * alpha, 1.0
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.add_(theirs, alpha=alpha)
+            if isinstance(alpha, Tensor):  # torch's own alpha would wait for the device
+                mine.addcmul_(theirs, alpha)
+            else:
+                mine.add_(theirs, alpha=alpha)
         return self
+
+    def mul_(self: Self, scalar: float | Tensor) -> Self:
+        """Scale in place."""
+        for mine in self.tensors():
+            mine.mul_(scalar)
+        return self
+
+    def add_identity_(self: Self, alpha: float | Tensor) -> Self:
+        """Add ``alpha`` times the identity in place."""
+        return self.add_(self.project(self._identity()), alpha)  # P(I) = I in every structure
 
     # -- measures ----------------------------------------------------------------------------------------
 
@@ -170,8 +183,9 @@ class StructuredMatrix(ABC):
         return self.map(lambda _: next(rest))
 
     def flat(self) -> Tensor:
-        """All stored numbers as one vector, [numel]."""
-        return torch.cat([t.flatten() for t in self.tensors()])
+        """All stored numbers as one vector, [numel]; a view where there is one tensor only."""
+        tensors = [t.reshape(-1) for t in self.tensors()]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def from_flat(self: Self, flat: Tensor) -> Self:
         """The matrix of this structure whose tensors are views of one vector, [numel].
@@ -246,6 +260,16 @@ class Transposed(StructuredMatrix):
 
     def project(self, Y: Tensor) -> Transposed:
         return Transposed(self.of.project(Y))
+
+    def add_identity_(self, alpha: float | Tensor) -> Transposed:
+        self.of.add_identity_(alpha)
+        return self
+
+    def outer(self, X: Tensor) -> Tensor:
+        return self.of.co_outer(X)
+
+    def co_outer(self, X: Tensor) -> Tensor:
+        return self.of.outer(X)
 
     def gram(self) -> Transposed:
         return Transposed(self.of.cogram())

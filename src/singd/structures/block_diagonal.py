@@ -57,6 +57,11 @@ class BlockDiagonal(StructuredMatrix):
         whole = self.blocks.diagonal(dim1=1, dim2=2).sum(dtype=dtype)
         return whole + self.last.diagonal().sum(dtype=dtype)
 
+    def add_identity_(self, alpha: float | Tensor) -> BlockDiagonal:
+        self.blocks.diagonal(dim1=1, dim2=2).add_(alpha)
+        self.last.diagonal().add_(alpha)
+        return self
+
     def gram(self) -> BlockDiagonal:
         return BlockDiagonal(self.blocks.mT @ self.blocks, self.last.T @ self.last)
 

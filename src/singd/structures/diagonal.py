@@ -43,6 +43,10 @@ class Diagonal(StructuredMatrix):
     def outer(self, X: Tensor) -> Tensor:
         return self.d.square()[:, None] * X
 
+    def add_identity_(self, alpha: float | Tensor) -> Diagonal:
+        self.d.add_(alpha)
+        return self
+
     def gram(self) -> Diagonal:
         return Diagonal(self.d.square())
 

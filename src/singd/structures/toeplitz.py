@@ -71,6 +71,10 @@ class UpperToeplitz(StructuredMatrix):
             self.gram()
         )  # A A^T is A^T A mirrored in its antidiagonal, which keeps each diagonal's sum
 
+    def add_identity_(self, alpha: float | Tensor) -> UpperToeplitz:
+        self.t[:1].add_(alpha)
+        return self
+
     def trace(self) -> Tensor:
         return self.n * self.t[0].to(wide(self.t))
 

@@ -66,6 +66,23 @@ class Upper(StructuredMatrix):
     def trace(self) -> Tensor:
         return self.A.trace() + self.D.trace()
 
+    def outer(self, X: Tensor) -> Tensor:
+        top, bottom = self._split(X)
+        z = self.D.tmm(bottom).addmm_(self.B.T, top)  # the lower part of A^T X
+        upper = self.A.mm(self.A.tmm(top)).addmm_(self.B, z)
+        return torch.cat([upper, self.D.mm(z)])
+
+    def co_outer(self, X: Tensor) -> Tensor:
+        top, bottom = self._split(X)
+        z = self.A.mm(top).addmm_(self.B, bottom)  # the upper part of A X
+        lower = self.D.tmm(self.D.mm(bottom)).addmm_(self.B.T, z)
+        return torch.cat([self.A.tmm(z), lower])
+
+    def add_identity_(self, alpha: float | Tensor) -> Upper:
+        self.A.add_identity_(alpha)
+        self.D.add_identity_(alpha)
+        return self
+
     def gram(self) -> Upper:
         # A^T A = [[A^T A, A^T B], [., B^T B + D^T D]]
         return Upper(
