@@ -222,9 +222,13 @@ class Watch:
         node = _accumulator(weight)
 
         def hook(g: Tensor) -> None:
+            now: Any = layer.weight
+            adds = node
             # torch.func.functional_call lends a layer other weights for the time of a forward
-            borrowed = weight.is_leaf and weight is not layer.weight
-            if not borrowed and not kept.released and _runs(node):
+            borrowed = weight.is_leaf and weight is not now
+            if hasattr(weight, "full_tensor"):  # FSDP gathers the weight only now
+                borrowed, adds = False, _accumulator(now)
+            if not borrowed and not kept.released and _runs(adds):
                 optimizer._gather(block, layer, kept(), g.detach())
             kept.release()
 
