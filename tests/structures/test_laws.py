@@ -97,6 +97,7 @@ def test_projections_by_their_definition(name, n, dtype):
         R = torch.randn(m, n).to(dtype)
         r = R.double()
         close(A.sandwich(DenseRows(R)).dense(), P(name, a.T @ r.T @ r @ a), dtype)
+        close(A.co_sandwich(DenseRows(R)).dense(), P(name, a @ r.T @ r @ a.T), dtype)
 
 
 @every_member

@@ -47,9 +47,17 @@ class Rows(ABC):
         """A^T Y, [d, n], for a dense Y [m, n]."""
         return self.matrix().T @ Y
 
+    def mm(self, Y: Tensor) -> Tensor:
+        """A Y, [m, n], for a dense Y [d, n]."""
+        return self.matrix() @ Y
+
     def columns(self, start: int, stop: int) -> Tensor:
         """The columns A[:, start:stop], [m, stop - start]."""
         return self.matrix()[:, start:stop]
+
+    def narrow(self, start: int, stop: int) -> Rows:
+        """The columns A[:, start:stop] as rows that stay lazy."""
+        return Narrowed(self, start, stop)
 
     def split(self) -> Iterator[Rows]:
         """Smaller `Rows` which stacked are this one, for sums over rows whose `matrix` is large."""
@@ -68,6 +76,36 @@ class Rows(ABC):
             top = X[:whole].unflatten(0, (whole // k, k))
             parts.append((top @ top.mT, X[whole:] @ X[whole:].T))
         return sum_all([p[0] for p in parts]), sum_all([p[1] for p in parts])
+
+
+class Narrowed(Rows):
+    """Some neighbouring columns of other rows, [m, stop - start]."""
+
+    def __init__(self, rows: Rows, start: int, stop: int) -> None:
+        self._rows, self._start, self._stop = rows, start, stop
+
+    @property
+    def count(self) -> int:
+        return self._rows.count
+
+    @property
+    def width(self) -> int:
+        return self._stop - self._start
+
+    def matrix(self) -> Tensor:
+        return self._rows.columns(self._start, self._stop)
+
+    def squares(self) -> Tensor:
+        return self._rows.squares()[self._start : self._stop]
+
+    def sums(self) -> Tensor:
+        return self._rows.sums()[self._start : self._stop]
+
+    def tmm(self, Y: Tensor) -> Tensor:
+        return self._rows.tmm(Y)[self._start : self._stop]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self._rows.columns(self._start + start, self._start + stop)
 
 
 def sum_all(tensors: list[Tensor]) -> Tensor:

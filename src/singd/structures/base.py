@@ -24,6 +24,10 @@ class RowsLike(Protocol):
     def gram(self) -> Tensor: ...
     def squares(self) -> Tensor: ...
     def block_gram(self, k: int) -> tuple[Tensor, Tensor]: ...
+    def columns(self, start: int, stop: int) -> Tensor: ...
+    def mm(self, Y: Tensor) -> Tensor: ...
+    def tmm(self, Y: Tensor) -> Tensor: ...
+    def narrow(self, start: int, stop: int) -> RowsLike: ...
 
 
 @dataclass(eq=False, repr=False)
@@ -98,6 +102,12 @@ class StructuredMatrix(ABC):
         if rows.count == 0:  # an empty batch, which some libraries refuse to transform
             return self.map(torch.zeros_like)
         return self.project(self.tmm(rows.matrix().T))
+
+    def co_sandwich(self: Self, rows: RowsLike) -> Self:
+        """P(A R^T R A^T) for rows R, [m, n]."""
+        if rows.count == 0:
+            return self.map(torch.zeros_like)
+        return self.project(self.mm(rows.matrix().T))
 
     def dense(self) -> Tensor:
         """The matrix itself, [n, n]."""
@@ -270,6 +280,12 @@ class Transposed(StructuredMatrix):
 
     def co_outer(self, X: Tensor) -> Tensor:
         return self.of.outer(X)
+
+    def sandwich(self, rows: RowsLike) -> Transposed:
+        return Transposed(self.of.co_sandwich(rows))
+
+    def co_sandwich(self, rows: RowsLike) -> Transposed:
+        return Transposed(self.of.sandwich(rows))
 
     def gram(self) -> Transposed:
         return Transposed(self.of.cogram())

@@ -72,6 +72,9 @@ class BlockDiagonal(StructuredMatrix):
         S, S_last = rows.block_gram(self.blocks.shape[1])
         return BlockDiagonal(self.blocks.mT @ S @ self.blocks, self.last.T @ S_last @ self.last)
 
+    def co_sandwich(self, rows: RowsLike) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks.mT, self.last.T).sandwich(rows)
+
     def norm(self) -> Tensor:
         parts = [torch.linalg.vector_norm(t, dtype=wide(t)) for t in self.tensors()]
         return torch.linalg.vector_norm(torch.stack(parts))

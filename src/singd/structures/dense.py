@@ -77,6 +77,9 @@ class Dense(StructuredMatrix):
             self.a.T @ (rows.gram() @ self.a)
         )  # m n^2 + 2 n^3, or less where rows are lazy
 
+    def co_sandwich(self, rows: RowsLike) -> Dense:
+        return Dense(self.a.T).sandwich(rows)
+
     def dense(self) -> Tensor:
         return self.a
 

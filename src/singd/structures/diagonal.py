@@ -56,5 +56,8 @@ class Diagonal(StructuredMatrix):
     def sandwich(self, rows: RowsLike) -> Diagonal:
         return Diagonal(self.d.square() * rows.squares())
 
+    def co_sandwich(self, rows: RowsLike) -> Diagonal:
+        return self.sandwich(rows)
+
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.d, dtype=wide(self.d))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.base import StructuredMatrix, Transposed
+from singd.structures.base import RowsLike, StructuredMatrix, Transposed
 from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 
@@ -78,6 +78,36 @@ class Upper(StructuredMatrix):
         lower = self.D.tmm(self.D.mm(bottom)).addmm_(self.B.T, z)
         return torch.cat([self.A.tmm(z), lower])
 
+    # A^T S A and A S A^T for S = R^T R need few columns of S or few products with R: whichever of
+    # the two diagonal blocks is the small one decides, and nothing of size n x n is formed.
+
+    def sandwich(self, rows: RowsLike) -> Upper:
+        k, n = self.A.n, self.n
+        R1, R2 = rows.narrow(0, k), rows.narrow(k, n)
+        if n - k < k:  # Y = R1 B + R2 D is narrow
+            Y = R1.mm(self.B) + self.D.tmm(R2.matrix().T).T
+            return Upper(self.A.sandwich(R1), 2 * self.A.tmm(R1.tmm(Y)), self.D.project(Y.T))
+        # the lower right is D^T S22 D + V^T W + W^T V with V = B, W = X - S11 B / 2
+        S = rows.tmm(R1.matrix())  # [n, k]
+        S11B = S[:k] @ self.B
+        X = S11B + self.D.tmm(S[k:]).T
+        second = _plus_symmetric(self.D.sandwich(R2), self.B, X - S11B / 2)
+        return Upper(self.A.sandwich(R1), 2 * self.A.tmm(X), second)
+
+    def co_sandwich(self, rows: RowsLike) -> Upper:
+        k, n = self.A.n, self.n
+        R1, R2 = rows.narrow(0, k), rows.narrow(k, n)
+        if k < n - k:  # Y = R1 A^T + R2 B^T is narrow
+            Y = self.A.mm(R1.matrix().T).T + R2.mm(self.B.T)
+            second = self.D.co_sandwich(R2)
+            return Upper(self.A.project(Y.T), 2 * self.D.mm(R2.tmm(Y)).T, second)
+        # the upper left is A S11 A^T + V^T W + W^T V with V = B^T, W = X - S22 B^T / 2
+        S = rows.tmm(R2.matrix())  # [n, n - k]
+        S22B = S[k:] @ self.B.T
+        X = self.A.mm(S[:k]).T + S22B
+        first = _plus_symmetric(self.A.co_sandwich(R1), self.B.T, X - S22B / 2)
+        return Upper(first, 2 * self.D.mm(X).T, self.D.co_sandwich(R2))
+
     def add_identity_(self, alpha: float | Tensor) -> Upper:
         self.A.add_identity_(alpha)
         self.D.add_identity_(alpha)
@@ -94,6 +124,13 @@ class Upper(StructuredMatrix):
         return Upper(
             self.A.cogram() + self.A.project(self.B), 2 * self.D.mm(self.B.T).T, self.D.cogram()
         )
+
+
+def _plus_symmetric(H: StructuredMatrix, V: Tensor, W: Tensor) -> StructuredMatrix:
+    """H + P(V^T W + W^T V) for V and W, [k, n], by polarisation: P is linear, and given for Y Y^T."""
+    if not V.numel():
+        return H
+    return H.add_(H.project((V + W).T), 0.5).add_(H.project((V - W).T), -0.5)
 
 
 def lower(make: Callable[..., StructuredMatrix]) -> Callable[..., StructuredMatrix]:
