@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from singd.layers.conv import for_torch
-from singd.layers.patch_kind import ConvTranspose, PatchKind
+from singd.layers.patch_kind import ConvTranspose, PatchKind, for_torch
 
 
 class ConvTransposeKind(PatchKind):
@@ -18,20 +17,26 @@ class ConvTransposeKind(PatchKind):
     convolution's: a row per output channel, columns C_in/groups * kernel with the kernel mirrored.
     """
 
-    def padded(self, layer: ConvTranspose, x: Tensor, output_shape: Size | None) -> Tensor:
-        axes = len(layer.kernel_size)
+    def spread(self, layer: ConvTranspose, sizes: Size) -> Size:
+        return Size((n - 1) * s + 1 for n, s in zip(sizes, layer.stride, strict=True))
+
+    def padding(
+        self, layer: ConvTranspose, sizes: Size, output: Size | None
+    ) -> list[tuple[int, int]]:
         pads = []
-        for i, (k, s, d) in enumerate(
-            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-        ):
-            p, extra = int(layer.padding[i]), layer.output_padding[i]
-            stuffed, reach = (x.shape[2 + i] - 1) * s + 1, d * (k - 1)
-            out = stuffed + reach - 2 * p + extra
-            if output_shape is not None:
-                out = output_shape[i - axes]
-            before = reach - p  # negative where the padding cuts off more than the kernel adds
-            pads.append((before, out + reach - before - stuffed))
-        return F.pad(zero_stuffed(x, layer.stride), for_torch(pads))
+        for i, n in enumerate(sizes):
+            reach = layer.dilation[i] * (layer.kernel_size[i] - 1)
+            cut = int(layer.padding[i])
+            out = n + reach - 2 * cut + layer.output_padding[i] if output is None else output[i]
+            before = reach - cut
+            pads.append((before, out + reach - before - n))
+        return pads
+
+    def padded(self, layer: ConvTranspose, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
+        stuffed = x.new_zeros(*x.shape[:2], *self.spread(layer, x.shape[2:]))
+        every = [slice(None, None, s) for s in layer.stride]
+        stuffed[(slice(None), slice(None), *every)] = x
+        return F.pad(stuffed, for_torch(padding))
 
     def stride(self, layer: ConvTranspose) -> tuple[int, ...]:
         return (1,) * len(layer.kernel_size)
@@ -45,14 +50,3 @@ class ConvTransposeKind(PatchKind):
         groups, kernel = layer.groups, layer.kernel_size
         grouped = matrix.unflatten(1, (-1, *kernel)).unflatten(0, (groups, -1))
         return grouped.transpose(1, 2).flatten(0, 1).flip(*range(2, 2 + len(kernel)))
-
-
-def zero_stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Put zeros between neighbours: x [B, C, *n] -> [B, C, *((n - 1) * stride + 1)]."""
-    if all(s == 1 for s in stride):
-        return x
-    stuffed = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
-    out = x.new_zeros(*x.shape[:2], *stuffed)
-    every = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
-    out[tuple(every)] = x
-    return out

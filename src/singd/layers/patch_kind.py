@@ -9,8 +9,10 @@ import torch
 from torch import Size, Tensor, nn
 
 from singd.layers.base import Approx, LayerKind
+from singd.layers.padded import PaddedInput
 from singd.layers.patches import PatchRows
 from singd.layers.rows import DenseRows, Rows, WithOnes
+from singd.layers.windows import Kernel
 
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -24,31 +26,51 @@ class PatchKind(LayerKind):
     """
 
     @abstractmethod
-    def padded(self, layer: Any, x: Tensor, output_shape: Size | None) -> Tensor:
-        """The input x [B, C_in, *n] as the kernel meets it, with all its padding."""
+    def spread(self, layer: Any, sizes: Size) -> Size:
+        """The input's sizes *n as the kernel meets them, before any padding."""
+
+    @abstractmethod
+    def padding(self, layer: Any, sizes: Size, output: Size | None) -> list[tuple[int, int]]:
+        """How much to add to each axis before and after; negative to cut off.
+
+        Args:
+            layer: A layer of this kind.
+            sizes: What `spread` says.
+            output: The sizes of the output, where known.
+        """
+
+    @abstractmethod
+    def padded(self, layer: Any, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
+        """The input x [B, C_in, *n], spread and padded."""
 
     @abstractmethod
     def stride(self, layer: Any) -> tuple[int, ...]:
         """The kernel's steps over the padded input."""
 
     def patches(
-        self,
-        layer: Any,
-        x: Tensor,
-        dtype: torch.dtype,
-        output_shape: Size | None = None,
+        self, layer: Any, x: Tensor, dtype: torch.dtype, output_shape: Size | None = None
     ) -> PatchRows:
         """The patches of x [(B,) C_in, *n], averaged over the channel groups."""
-        batched = x if x.ndim == len(layer.kernel_size) + 2 else x[None]
-        padded = self.padded(layer, batched, output_shape).to(dtype)
-        if layer.groups > 1:
-            padded = padded.unflatten(1, (layer.groups, -1)).mean(1)
-        return PatchRows(padded, layer.kernel_size, self.stride(layer), layer.dilation)
+        axes, groups = len(layer.kernel_size), layer.groups
+        batched = x if x.ndim == axes + 2 else x[None]
+        output = None if output_shape is None else output_shape[-axes:]
+        sizes = self.spread(layer, batched.shape[2:])
+        padding = self.padding(layer, sizes, output)
+
+        def pad(part: Tensor) -> Tensor:
+            padded = self.padded(layer, part, padding).to(dtype)
+            return padded if groups == 1 else padded.unflatten(1, (groups, -1)).mean(1)
+
+        ends = zip(sizes, padding, strict=True)
+        shape = (batched.shape[1] // groups, *(n + before + after for n, (before, after) in ends))
+        zero = layer.padding_mode == "zeros"
+        zeros = [(max(0, b), max(0, a)) if zero else (0, 0) for b, a in padding]
+        kernel = Kernel(layer.kernel_size, self.stride(layer), layer.dilation)
+        return PatchRows(PaddedInput(batched, pad, shape, dtype, zeros), kernel)
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
         patches = self.patches(layer, x, x.dtype)
-        shared = Size(patches.positions).numel()
-        return patches.matrix().unflatten(0, (patches.count // shared, shared))
+        return patches.matrix().unflatten(0, (patches.count // patches.shared, patches.shared))
 
     def grads(self, layer: Any, g: Tensor) -> Tensor:
         batched = g if g.ndim == len(layer.kernel_size) + 2 else g[None]
@@ -67,3 +89,8 @@ class PatchKind(LayerKind):
         patches = self.patches(layer, x, dtype, output_shape)
         rows = patches if approx == "expand" else DenseRows(patches.mean_patches())
         return WithOnes(rows) if bias else rows
+
+
+def for_torch(padding: list[tuple[int, int]]) -> list[int]:
+    """Padding per axis in the order of `F.pad`, which begins at the last axis."""
+    return [p for before_and_after in reversed(padding) for p in before_and_after]

@@ -2,114 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from singd.layers.rows import Rows
-
-CHUNK_BYTES = 8 * 2**20
-"""How much is unfolded at a time where the unfolding cannot be avoided."""
-
-
-def windows(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """All places of a kernel on the last dimensions of x, as a view.
-
-    Args:
-        x: [..., *n] with as many last dimensions as the kernel has.
-        kernel: Sizes of the kernel.
-        stride: Steps from place to place.
-        dilation: Steps inside of the kernel.
-
-    Returns:
-        [..., *o, *k] with `out[..., o, k] = x[..., o * stride + k * dilation]`.
-    """
-    first = x.ndim - len(kernel)
-    for i, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(first + i, (k - 1) * d + 1, s)[..., ::d]
-    return x
-
-
-def window_sums(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """The sums of `windows` over all places, [..., *k], one axis after the other."""
-    first = x.ndim - len(kernel)
-    for k, s, d in zip(kernel, stride, dilation, strict=True):
-        x = x.unfold(first, (k - 1) * d + 1, s)[..., ::d].sum(first)
-    return x
+from singd.layers.padded import PaddedInput
+from singd.layers.patch_gram import shifted_gram
+from singd.layers.rows import Rows, add_product_, wide
+from singd.layers.shifted_products import cheapest_plan
+from singd.layers.windows import Kernel, window_sums, windows
 
 
 class PatchRows(Rows):
     """One row per output position: the patch of the padded input under the kernel, channel-major.
 
     Args:
-        padded: The input with its padding, [B, C, *n].
-        kernel: The kernel's sizes, one per axis.
-        stride: Steps from position to position.
-        dilation: Steps inside of the kernel.
+        padded: The padded input.
+        kernel: The kernel that slides over it.
     """
 
-    def __init__(
-        self, padded: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-    ) -> None:
-        self._padded = padded
-        self._geometry = tuple(kernel), tuple(stride), tuple(dilation)
-        self._windows = windows(padded, *self._geometry)  # [B, C, *o, *k], a view
-
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """The numbers of output positions, one per axis."""
-        return self._windows.shape[2 : self._padded.ndim]
+    def __init__(self, padded: PaddedInput, kernel: Kernel) -> None:
+        self._padded, self._kernel = padded, kernel
+        self.positions = tuple(kernel.places(i, n) for i, n in enumerate(padded.shape[1:]))
+        self.shared = Size(self.positions).numel()
 
     @property
     def count(self) -> int:
-        return self._padded.shape[0] * torch.Size(self.positions).numel()
+        return self._padded.batch * self.shared
 
     @property
     def width(self) -> int:
-        return self._padded.shape[1] * torch.Size(self._geometry[0]).numel()
+        return self._padded.shape[0] * self._kernel.numel
 
     def matrix(self) -> Tensor:
-        axes = range(2, self._padded.ndim)
-        kernel_axes = range(self._padded.ndim, self._windows.ndim)
-        # A transposed [d, m] is written strip by strip, an [m, d] number by number.
-        across = self._windows.permute(1, *kernel_axes, 0, *axes)
-        return across.reshape(self.width, self.count).T
+        return _unfold(self._padded.tensor(), self._kernel)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        # Only the channels concerned are unfolded.
+        first, last = start // self._kernel.numel, -(-stop // self._kernel.numel)
+        some = _unfold(self._padded.tensor()[:, first:last], self._kernel)
+        skipped = first * self._kernel.numel
+        return some[:, start - skipped : stop - skipped]
 
     def gram(self) -> Tensor:
-        total = self._padded.new_zeros(self.width, self.width)
+        padded = self._padded
+        plan = cheapest_plan(self._kernel, (padded.batch, *padded.shape), padded.zeros)
+        if plan is not None:
+            return shifted_gram(padded, self._kernel, plan)
+        total = self._zeros(self.width, self.width)
         for part in self.split():
             X = part.matrix().T
-            total.addmm_(X, X.T)
-        return total
+            add_product_(total, X, X.T)
+        return total.to(padded.dtype)
 
     def squares(self) -> Tensor:
-        return self._window_totals(self._padded.square())
+        return self._window_totals(lambda x, dtype: x.square().sum(0, dtype=dtype))
 
     def sums(self) -> Tensor:
-        return self._window_totals(self._padded)
+        return self._window_totals(lambda x, dtype: x.sum(0, dtype=dtype))
+
+    def tmm(self, Y: Tensor) -> Tensor:
+        # A^T Y is the weight's gradient of a convolution whose output has the gradient Y.
+        weight_grad = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.positions) - 1]
+        size, stride, dilation = self._kernel
+        shape = Size((Y.shape[1], self._padded.shape[0], *size))
+        g = Y.T.unflatten(1, (self._padded.batch, *self.positions)).transpose(0, 1)
+        out = weight_grad(self._padded.tensor(), shape, g, stride=stride, dilation=dilation)
+        return out.flatten(1).T
 
     def mean_patches(self) -> Tensor:
         """The mean of the patches over the positions, [B, d]."""
-        sums = window_sums(self._padded, *self._geometry)
-        return sums.flatten(1) / torch.Size(self.positions).numel()
+        parts = self._padded.split(growth=2.0)
+        sums = [window_sums(part.tensor(), self._kernel).flatten(1) for part in parts]
+        return torch.cat(sums) / self.shared
 
     def split(self) -> Iterator[Rows]:
-        batch = self._padded.shape[0]
-        per_example = self.width * torch.Size(self.positions).numel() * self._padded.element_size()
-        step = max(1, CHUNK_BYTES // max(1, per_example))
-        if batch <= step:
-            yield self
-            return
-        for part in self._padded.split(step):
-            yield PatchRows(part, *self._geometry)
+        growth = self.width * self.shared / Size(self._padded.shape).numel()
+        return (PatchRows(part, self._kernel) for part in self._padded.split(1.0 + growth))
 
-    def _window_totals(self, t: Tensor) -> Tensor:
-        """The sums of t [B, C, *n] over batch and positions, [d]."""
-        # The batch first, which leaves next to nothing to slide over; in float32 at least.
-        wide = torch.promote_types(t.dtype, torch.float32)
-        return window_sums(t.sum(0, dtype=wide), *self._geometry).flatten().to(t.dtype)
+    def _window_totals(self, over_batch: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
+        """Sums over batch and positions, [d], given the sum over the batch."""
+        # The batch first, which leaves next to nothing to slide over.
+        total = self._zeros(*self._padded.shape)
+        for part in self._padded.split(growth=2.0):
+            total += over_batch(part.tensor(), total.dtype)
+        return window_sums(total, self._kernel).flatten().to(self._padded.dtype)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """Where to sum up."""
+        return self._padded.x.new_zeros(shape, dtype=wide(self._padded.dtype))
+
+
+def _unfold(padded: Tensor, kernel: Kernel) -> Tensor:
+    """The patches of a padded input [B, C, *n], [m, d]."""
+    view = windows(padded, kernel)  # [B, C, *o, *k]
+    places, offsets = range(2, padded.ndim), range(padded.ndim, view.ndim)
+    # A transposed [d, m] is written strip by strip, an [m, d] number by number.
+    across = view.permute(1, *offsets, 0, *places).flatten(1 + len(offsets))
+    return across.flatten(0, len(offsets)).T

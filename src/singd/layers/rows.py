@@ -70,12 +70,17 @@ class Rows(ABC):
             The d // k whole blocks [d // k, k, k], and the smaller last one [d % k, d % k].
         """
         whole = self.width - self.width % k
-        parts = []
+        totals: list[Tensor] = []
         for part in self.split():
             X = part.matrix().T  # [d, m]
-            top = X[:whole].unflatten(0, (whole // k, k))
-            parts.append((top @ top.mT, X[whole:] @ X[whole:].T))
-        return sum_all([p[0] for p in parts]), sum_all([p[1] for p in parts])
+            pieces = X[:whole].unflatten(0, (whole // k, k)), X[whole:]
+            totals = totals or [
+                p.new_zeros(*p.shape[:-1], p.shape[-2], dtype=wide(p.dtype)) for p in pieces
+            ]
+            for total, piece in zip(totals, pieces, strict=True):
+                add_product_(total, piece, piece.mT)
+        blocks, last = (total.to(X.dtype) for total in totals)
+        return blocks, last
 
 
 class Narrowed(Rows):
@@ -108,12 +113,19 @@ class Narrowed(Rows):
         return self._rows.columns(self._start + start, self._start + stop)
 
 
-def sum_all(tensors: list[Tensor]) -> Tensor:
-    """The sum of at least one tensor, into the first one's memory."""
-    total = tensors[0]
-    for t in tensors[1:]:
-        total += t
-    return total
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Where to sum many terms: float32 for half precision, whose sums would stall, or the dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def add_product_(total: Tensor, A: Tensor, B: Tensor) -> None:
+    """Add A @ B, of matrices or of stacks of them, to a total of the same or a wider dtype."""
+    if total.dtype != A.dtype:
+        total += A @ B
+    elif total.ndim == 2:
+        total.addmm_(A, B)
+    else:
+        total.baddbmm_(A, B)
 
 
 class DenseRows(Rows):
@@ -143,6 +155,17 @@ class DenseRows(Rows):
             rows = rows.movedim(-1, 0).flatten(1).T if across else rows.flatten(0, -2)
             self._rows = rows  # never copied twice
         return rows
+
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        """All dimensions but the last; sums over them need no copy to a matrix."""
+        return tuple(range(self._rows.ndim - 1))
+
+    def squares(self) -> Tensor:
+        return self._rows.square().sum(self._leading)
+
+    def sums(self) -> Tensor:
+        return self._rows.sum(self._leading)
 
 
 class WithOnes(Rows):
