@@ -34,8 +34,8 @@ class ConvTransposeKind(PatchKind):
 
     def padded(self, layer: ConvTranspose, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
         stuffed = x.new_zeros(*x.shape[:2], *self.spread(layer, x.shape[2:]))
-        every = [slice(None, None, s) for s in layer.stride]
-        stuffed[(slice(None), slice(None), *every)] = x
+        every = [slice(None), slice(None), *(slice(None, None, s) for s in layer.stride)]
+        stuffed[tuple(every)] = x
         return F.pad(stuffed, for_torch(padding))
 
     def stride(self, layer: ConvTranspose) -> tuple[int, ...]:

@@ -64,6 +64,8 @@ class PatchRows(Rows):
         return self._window_totals(lambda x, dtype: x.sum(0, dtype=dtype))
 
     def tmm(self, Y: Tensor) -> Tensor:
+        if not Y.numel():  # which a convolution refuses
+            return Y.new_zeros(self.width, Y.shape[1])
         # A^T Y is the weight's gradient of a convolution whose output has the gradient Y.
         weight_grad = (conv1d_weight, conv2d_weight, conv3d_weight)[len(self.positions) - 1]
         size, stride, dilation = self._kernel
