@@ -26,7 +26,7 @@ class Structure:
         name: The canonical name, which goes into checkpoints.
         make: ``(n, *, dtype, device) -> identity``.
         members: What the matrices look like, in a few words.
-        projection: P(N), as LaTeX.
+        projection: P(N), as LaTeX; of blocks, those that are not zero.
         numbers: How many numbers are stored, about, as LaTeX.
         cost: Multiplications of a product with one vector, about, as LaTeX.
     """
@@ -71,11 +71,7 @@ _TOEPLITZ = (
     "d",
     r"d \log d",
 )
-_RANK_K = (
-    r"\text{dense block } N_{11},\text{ border } 2 N_{21},\; \operatorname{diag} N_{22}",
-    "(k+1) d",
-    "k d",
-)
+_RANK_K = ("(k+1) d", "k d")
 
 FAMILIES = (
     Family(
@@ -92,8 +88,7 @@ FAMILIES = (
         hierarchical,
         ((15, 15), (3, 2)),
         "dense corners of {} and {}, joined by borders and a diagonal",
-        r"\text{corners } N_{11}, N_{33},\text{ borders } 2 N_{12}, 2 N_{13}, 2 N_{32},\;"
-        r"\operatorname{diag} N_{22}",
+        r"N_{11},\; N_{33},\; 2 N_{12},\; 2 N_{13},\; 2 N_{32},\; \operatorname{diag} N_{22}",
         "(k_1 + k_2 + 1) d",
         "(k_1 + k_2) d",
     ),
@@ -102,6 +97,7 @@ FAMILIES = (
         lambda k: lower(upper_dense_first(k)),
         ((4,),),
         "lower triangular: dense block of {} first, its border, a diagonal",
+        r"N_{11},\; 2 N_{21},\; \operatorname{diag} N_{22}",
         *_RANK_K,
     ),
     Family(
@@ -109,6 +105,7 @@ FAMILIES = (
         upper_dense_first,
         ((4,),),
         "upper triangular: dense block of {} first, its border, a diagonal",
+        r"N_{11},\; 2 N_{12},\; \operatorname{diag} N_{22}",
         *_RANK_K,
     ),
     Family(
@@ -116,6 +113,7 @@ FAMILIES = (
         lambda k: lower(upper_dense_last(k)),
         ((4,),),
         "lower triangular: a diagonal, then a border and a dense block of {}",
+        r"\operatorname{diag} N_{11},\; 2 N_{21},\; N_{22}",
         *_RANK_K,
     ),
     Family(
@@ -123,6 +121,7 @@ FAMILIES = (
         upper_dense_last,
         ((4,),),
         "upper triangular: a diagonal, then a border and a dense block of {}",
+        r"\operatorname{diag} N_{11},\; 2 N_{12},\; N_{22}",
         *_RANK_K,
     ),
 )
