@@ -1,6 +1,8 @@
 # Everything runs in .venv, which each target makes or renews when it needs to.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab clean
@@ -13,7 +15,7 @@ help: ## Show this list
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "singd needs Python 3.10 or newer; choose one with make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) '.[dev]'
 	@touch $@
 
 demo: .venv/ready ## Train a small CNN on real MNIST images with SINGD, AdamW and SGD
@@ -33,7 +35,7 @@ doctest: .venv/ready ## Run the examples in docstrings
 	@$(BIN)/pytest --doctest-modules src
 
 tests: .venv/ready ## Run the tests, on all cores
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -rs
 
 gallery: .venv/ready ## Run every notebook of the gallery and compare its outputs
 	@$(BIN)/python tools/notebooks.py check
@@ -43,21 +45,29 @@ notebooks: .venv/ready ## Execute the notebooks whose page changed
 	@$(BIN)/python tools/notebooks.py build
 
 .venv/docs: .venv/ready
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,lab]'
+	@echo "Installing what the site is built with ..."
+	@$(PIP) '.[dev,docs]'
+	@touch $@
+
+.venv/lab: .venv/ready
+	@echo "Installing JupyterLab ..."
+	@$(PIP) '.[dev,lab]'
 	@touch $@
 
 docs: .venv/docs ## Build the site; unchanged pages are not run again
+	@command -v node >/dev/null || { echo "The site's mathematics is set by node; install Node.js first."; exit 1; }
 	@PYTHONWARNINGS=ignore $(BIN)/sphinx-build -n -W --keep-going docs docs/_build/site
-	@echo "Open docs/_build/site/index.html, or run make serve."
+	@echo "Open docs/_build/site/index.html, or run make serve to search it as well."
 
 browser: docs ## Read the built site in a real browser (needs Chromium)
-	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py
+	@command -v chromium >/dev/null || { echo "The browser tests need Chromium; install it first."; exit 1; }
+	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py -n auto --dist worksteal
 
 serve: docs ## Serve the site on this machine
 	@echo "http://127.0.0.1:8000"
 	@$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/site
 
-lab: .venv/docs ## Open JupyterLab on the notebooks
+lab: .venv/lab ## Open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks
 
 clean: ## Remove what the targets made

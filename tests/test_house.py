@@ -1,8 +1,7 @@
-"""The order of the house: imports run one way, the core depends on torch only, snippets run."""
+"""The order of the house: imports run one way, the core depends on torch only, files stay short."""
 
 import ast
 import pathlib
-import re
 import sys
 
 import pytest
@@ -59,17 +58,3 @@ def test_imports_run_one_way(place):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_no_file_is_so_long_that_a_reader_loses_the_thread(path):
     assert len(path.read_text().splitlines()) < 600
-
-
-def snippets():
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [p for p in pages if p.exists() and "```python" in p.read_text()]
-
-
-@pytest.mark.parametrize("page", snippets(), ids=lambda p: p.name)
-def test_snippets_run(page, tmp_path, monkeypatch):
-    """All Python blocks of a page, in order, in one namespace, as a reader would paste them."""
-    monkeypatch.chdir(tmp_path)
-    names = {"__name__": "snippet"}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M):
-        exec(compile(block, page.name, "exec"), names)

@@ -1,7 +1,8 @@
 """Make notebooks/*.ipynb from gallery/*.py, and check that they are in step.
 
 python tools/notebooks.py build [NAME ...]   convert and execute (only what changed, unless --force)
-python tools/notebooks.py check              exit 1 if a notebook's cells differ from its script's
+python tools/notebooks.py check              exit 1 if a notebook differs from its script, was not
+                                             executed, or holds an error or a warning
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import os
 import pathlib
 import re
 import sys
@@ -21,7 +23,6 @@ from sphinx_gallery.py_source_parser import remove_config_comments, split_code_a
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GALLERY, NOTEBOOKS = ROOT / "gallery", ROOT / "notebooks"
-SITE = "https://example.org/singd/"
 QUOTE = "\x01"  # stands for ">", which sphinx-gallery would take for a heading's underline
 # `# sphinx_gallery_nbval = "nbval-ignore-output"` in a code block: a tag of its cell (and nothing on the page)
 TAG = re.compile(r'^# sphinx_gallery_nbval = "([a-z-]+)"$', re.M)
@@ -71,11 +72,26 @@ def _rst(text: str) -> str:
         quoted = "\n".join(f"{QUOTE} {l}".rstrip() for l in body.splitlines())
         return f"{QUOTE} **{head}**\n{QUOTE}\n{quoted}\n"
 
+    def code(m: re.Match) -> str:
+        body = textwrap.dedent(m.group(2) or "").strip()
+        return f"```{m.group(1).strip()}\n{body}\n```\n"
+
+    def dropdown(m: re.Match) -> str:
+        lines = textwrap.dedent(m.group(2) or "").strip("\n").splitlines()
+        while lines and re.match(r":[\w-]+:", lines[0]):  # options
+            lines.pop(0)
+        body = "\n".join(lines).strip()
+        head = f"<details{QUOTE}<summary{QUOTE}{m.group(1).strip()}</summary{QUOTE}"
+        return f"{head}\n\n{body}\n\n</details{QUOTE}\n"
+
     block = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
     text = re.sub(r"^\.\. math::([^\n]*)" + block, math, text, flags=re.M)
     text = re.sub(rf"^\.\. ({ADMONITIONS})::([^\n]*)" + block, admonition, text, flags=re.M)
+    text = re.sub(r"^\.\. dropdown::([^\n]*)" + block, dropdown, text, flags=re.M)
+    text = re.sub(r"^\.\. code-block::([^\n]*)" + block, code, text, flags=re.M)
     text = re.sub(r":(?!math\b)([a-z]+(?::[a-z]+)?):`([^`]+)`", _role, text)
-    return text.replace("``", "`")
+    text = re.sub(r"(?<!`)``(?!`)", "`", text)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def convert(script: pathlib.Path) -> nbformat.NotebookNode:
@@ -115,6 +131,7 @@ def key(nb: nbformat.NotebookNode) -> str:
 def execute(nb: nbformat.NotebookNode) -> None:
     from nbclient import NotebookClient
 
+    os.environ["MATPLOTLIBRC"] = str(GALLERY)  # the kernel's figures look as the site's
     NotebookClient(
         nb,
         timeout=600,
@@ -128,6 +145,22 @@ def execute(nb: nbformat.NotebookNode) -> None:
 
 def write(nb: nbformat.NotebookNode, path: pathlib.Path) -> None:
     path.write_text(nbformat.writes(nb, version=4) + "\n", encoding="utf-8")
+
+
+def faults(old: nbformat.NotebookNode | None, new: nbformat.NotebookNode) -> list[str]:
+    """What is wrong with a committed notebook, given its script's conversion."""
+    if old is None:
+        return ["is missing"]
+    if key(old) != key(new):
+        return ["differs from its script"]
+    code = [c for c in old.cells if c.cell_type == "code"]
+    outputs = [o for c in code for o in c.outputs]
+    found = {
+        "was not executed": any(c.execution_count is None for c in code),
+        "holds an error": any(o.output_type == "error" for o in outputs),
+        "holds warnings": any(o.get("name") == "stderr" for o in outputs),  # nbval compares none
+    }
+    return [what for what, is_so in found.items() if is_so]
 
 
 def scripts() -> list[pathlib.Path]:
@@ -150,17 +183,10 @@ def main(argv: list[str] | None = None) -> int:
         path = NOTEBOOKS / f"{s.stem}.ipynb"
         nb = convert(s)
         old = nbformat.read(path, 4) if path.exists() else None
-        same = old is not None and key(old) == key(nb)
-        unrun = old is None or any(
-            c.cell_type == "code" and c.execution_count is None for c in old.cells
-        )
+        wrong = faults(old, nb)
         if a.command == "check":
-            if not same or unrun:
-                bad.append(
-                    f"{path.relative_to(ROOT)}: "
-                    + ("not executed" if same else "differs from its script")
-                )
-        elif not same or unrun or a.force:
+            bad += [f"{path.relative_to(ROOT)}: {what}" for what in wrong]
+        elif wrong or a.force:
             if not a.no_execute:
                 execute(nb)
             write(nb, path)

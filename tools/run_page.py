@@ -3,9 +3,13 @@
 python tools/run_page.py gallery/1_start/plot_10_first_steps.py [FOLDER]
 """
 
+import os
 import pathlib
 import runpy
 import sys
+
+# The gallery's style, which matplotlib reads when it is imported.
+os.environ.setdefault("MATPLOTLIBRC", str(pathlib.Path(__file__).parent.parent / "gallery"))
 
 import matplotlib
 

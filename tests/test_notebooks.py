@@ -1,0 +1,138 @@
+"""The tool that makes notebooks of the gallery's pages, and finds those that are out of step."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = '''"""
+A claim
+=======
+
+.. note::
+
+   In :math:`K`, see :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
+
+.. math::
+   :label: one
+
+   a > b
+
+.. dropdown:: Solution
+   :icon: check
+
+   Use ``two``:
+
+   .. code-block:: python
+
+       two = 2
+
+After.
+"""
+
+one = 1
+
+# %%
+# Text with ``code`` and :class:`~singd.SINGD`.
+
+print(one)
+'''
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "tools" / "notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "GALLERY", tmp_path / "gallery")
+    monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
+    (tmp_path / "gallery" / "1_start").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "gallery" / "1_start" / "plot_1_claim.py").write_text(PAGE)
+    return module
+
+
+@pytest.fixture
+def notebook(tool):
+    """Converted, and filled as if it had been executed."""
+    nb = tool.convert(tool.scripts()[0])
+    for count, cell in enumerate(c for c in nb.cells if c.cell_type == "code"):
+        cell.execution_count = count + 1
+    return nb
+
+
+def test_text_becomes_markdown(notebook):
+    assert [c.cell_type for c in notebook.cells] == ["markdown", "code", "markdown", "code"]
+    assert (
+        notebook.cells[0].source
+        == """# A claim
+
+> **Note**
+>
+> In $K$, see [plot_10_first_steps](plot_10_first_steps.ipynb).
+
+$$
+a > b
+$$
+
+<details><summary>Solution</summary>
+
+Use `two`:
+
+```python
+two = 2
+```
+
+</details>
+
+After."""
+    )
+    assert notebook.cells[2].source == "Text with `code` and `SINGD`."
+
+
+def check(tool):
+    return tool.main(["check"])
+
+
+def test_a_notebook_in_step_passes(tool, notebook):
+    tool.write(notebook, tool.NOTEBOOKS / "plot_1_claim.ipynb")
+    assert check(tool) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda nb: nb.cells[1].update(source="one = 2"), "differs from its script"),
+        (lambda nb: nb.cells[2].update(source="Other text."), "differs from its script"),
+        (lambda nb: nb.cells[3].update(execution_count=None), "was not executed"),
+        (lambda nb: nb.cells[3].outputs.append(stream("stderr")), "holds warnings"),
+        (lambda nb: nb.cells[3].outputs.append(error()), "holds an error"),
+    ],
+)
+def test_a_spoilt_notebook_fails(tool, notebook, spoil, message, capsys):
+    spoil(notebook)
+    tool.write(notebook, tool.NOTEBOOKS / "plot_1_claim.ipynb")
+    assert check(tool) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_and_an_orphaned_notebook_fail(tool, notebook, capsys):
+    assert check(tool) == 1
+    assert "plot_1_claim.ipynb: is missing" in capsys.readouterr().err
+    tool.write(notebook, tool.NOTEBOOKS / "plot_1_claim.ipynb")
+    tool.write(notebook, tool.NOTEBOOKS / "plot_2_gone.ipynb")
+    assert check(tool) == 1
+    assert "plot_2_gone.ipynb: has no script" in capsys.readouterr().err
+
+
+def stream(name):
+    nbformat = sys.modules["nbformat"]
+    return nbformat.v4.new_output("stream", name=name, text="hm")
+
+
+def error():
+    nbformat = sys.modules["nbformat"]
+    return nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])
