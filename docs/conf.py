@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import sphinxcontrib.katex as _katex
 
 HERE = pathlib.Path(__file__).parent.resolve()
 ROOT = HERE.parent
+sys.path.insert(0, str(HERE / "_ext"))
 
 project = "singd"
 author = "the singd developers"
@@ -32,6 +34,7 @@ extensions = [
     "sphinxcontrib.katex",
     "sphinxext.opengraph",
     "sphinx_sitemap",
+    "structures_table",  # docs/_ext
 ]
 exclude_patterns = [
     "_build",
@@ -47,6 +50,7 @@ nitpicky = True
 
 # -- reST, MyST, notebooks, bibliography
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3  # so that a page can point at another page's heading
 nb_execution_mode = "off"  # notebooks are committed with their outputs; nbval runs them
 bibtex_bibfiles = ["refs.bib"]
 bibtex_default_style = "unsrt"
@@ -54,10 +58,12 @@ math_eqref_format = "({number})"
 
 # -- API
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 always_use_bars_union = True
 typehints_defaults = "comma"
+typehints_document_rtype_none = False
 
 # -- other projects' names, with no network: plain-text (version 1) inventories kept in docs/_inv
 intersphinx_mapping = {
@@ -71,6 +77,11 @@ katex_prerender = True
 katex_css_path = "katex/katex.min.css"
 # `katex_options` is not read when prerendering; this is. throwOnError: bad maths ends the build.
 _katex.KATEX_DEFAULT_OPTIONS.update(throwOnError=True, macros={r"\E": r"\operatorname{\mathbb{E}}"})
+
+# The renderer's own start is a race: it connects as soon as the socket exists, before node listens on it. The
+# start that it has for Windows tries again. Five seconds are too few on a busy machine.
+_katex.KaTeXServer.start_server_process = _katex.KaTeXServer.start_network_socket
+_katex.STARTUP_TIMEOUT = 60.0
 
 # -- gallery
 if shutil.which("ffmpeg") is None:  # by PATH, since sphinx-gallery resets matplotlib's rcParams
@@ -89,6 +100,7 @@ sphinx_gallery_conf = {
         True,
         "html5",
     ),  # jshtml asks a CDN for Font Awesome and is 60 times larger
+    "reset_modules": ("matplotlib", "gallery_style.apply"),
     "backreferences_dir": "gen_modules",
     "doc_module": ("singd",),
     "remove_config_comments": True,
@@ -146,22 +158,5 @@ def _bring_notebooks(app):
         shutil.copyfile(ROOT / "notebooks" / f"{page.stem}.ipynb", page.with_suffix(".ipynb"))
 
 
-def _write_structures_table(app):
-    """The table of structures, from the registry."""
-    from singd import registered_structures
-
-    lines = [
-        "| name | matrices | $P(N)$ | numbers stored | product with a vector |",
-        "|---|---|---|---|---|",
-    ]
-    for name, s in registered_structures().items():
-        lines.append(f"| `{name}` | {s.members} | ${s.projection}$ | ${s.numbers}$ | ${s.cost}$ |")
-    text = "\n".join(lines) + "\n"
-    path = HERE / "structures_table.md"
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-
-
 def setup(app):
     app.connect("builder-inited", _bring_notebooks, priority=900)  # after sphinx-gallery's
-    app.connect("builder-inited", _write_structures_table)

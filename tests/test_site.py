@@ -27,6 +27,7 @@ PAGES = sorted(
     for p in SITE.rglob("*.html")
     if not p.relative_to(SITE).parts[0].startswith(("_", "genindex", "search"))
 )
+assert PAGES or not REQUIRED, f"no page in {SITE}"
 ARGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -101,9 +102,12 @@ def base():
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
     if not REQUIRED and not pathlib.Path(CHROMIUM).exists():
         pytest.skip("no Chromium on this machine")
+    if not REQUIRED:
+        pytest.importorskip("playwright")
+    import playwright.sync_api as sync_api
+
     with sync_api.sync_playwright() as p:
         b = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
         yield b
@@ -164,6 +168,11 @@ def test_no_sideways_scroll_on_a_phone(visit, path):
     page = visit(path, width=390, height=844)
     wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
     assert wide <= 0
+    cut = page.evaluate(
+        "[...document.querySelectorAll('div.math')].filter(m => m.querySelector('.base').getBoundingClientRect()"
+        ".left < m.getBoundingClientRect().left - 1).map(m => m.textContent.slice(0, 80))"
+    )
+    assert cut == [], "formulas whose start cannot be scrolled to"
 
 
 def test_maths(visit):
@@ -190,6 +199,8 @@ def test_search(visit):
         "#search-results li a", "es => es.map(e => e.getAttribute('href'))"
     )
     assert any("plot_10_first_steps" in h for h in hrefs)
+    page = visit("search.html?q=register_structure")
+    page.wait_for_selector("#search-results li a[href*='api.html']")
 
 
 def test_search_by_keyboard(visit):
@@ -213,18 +224,46 @@ def test_gallery_thumbnails(visit):
     page.wait_for_url("**/plot_10_*.html")
 
 
-def test_notebook_download(visit, tmp_path):
+@pytest.mark.parametrize("path", [p for p in PAGES if "/plot_" in p])
+def test_notebook_download(visit, tmp_path, path):
     import nbformat
 
-    page = visit("auto_gallery/1_start/plot_10_first_steps.html")
+    page = visit(path)
     with page.expect_download() as d:
         page.locator("a.reference.download:has-text('.ipynb')").last.click()
     d.value.save_as(tmp_path / "n.ipynb")
     nb = nbformat.read(tmp_path / "n.ipynb", as_version=4)
     nbformat.validate(nb)
-    committed = pathlib.Path(__file__).parent.parent / "notebooks" / "plot_10_first_steps.ipynb"
+    name = pathlib.Path(path).with_suffix(".ipynb").name
+    committed = pathlib.Path(__file__).parent.parent / "notebooks" / name
     assert json.loads((tmp_path / "n.ipynb").read_text()) == json.loads(committed.read_text())
     assert any(o.get("data", {}).get("image/png") for c in nb.cells for o in c.get("outputs", []))
+
+
+def test_videos_play(visit):
+    for path in PAGES:
+        if "<video" in (SITE / path).read_text(encoding="utf-8"):
+            page = visit(path)
+            page.evaluate("document.querySelector('video').play()")
+            page.wait_for_function(
+                "(v => v.currentTime > 0.2 && v.videoWidth > 100)(document.querySelector('video'))"
+            )
+
+
+def test_folded_solutions_open(visit):
+    page = visit("auto_gallery/1_start/plot_10_first_steps.html")
+    solution = page.locator("details.sd-dropdown").first
+    assert not solution.locator("p").first.is_visible()
+    solution.locator("summary").click()
+    assert solution.locator("p").last.is_visible()
+
+
+def test_the_landing_page_has_three_doors(visit):
+    for number in range(3):
+        page = visit("index.html")
+        page.locator(".sd-card").nth(number).click(position={"x": 10, "y": 10})
+        page.wait_for_url(lambda url: not url.endswith("/index.html") or "auto_gallery" in url)
+        assert page.locator("h1").count() == 1
 
 
 def test_dark_mode(visit):

@@ -168,6 +168,7 @@ for name, (_, loss, accuracy, seconds, size) in runs.items():
 # as identities and have to learn the scales. Dense SINGD overtakes it and ends
 # lowest.
 
+# sphinx_gallery_thumbnail_number = 2
 colors = dict(zip(runs, ("C0", "C9", "C1", "C7"), strict=True))
 fig, ax = plt.subplots(figsize=(7, 4))
 for name, (losses, *_) in runs.items():
@@ -232,6 +233,8 @@ assert max(accuracy) - min(accuracy) < 0.03
 #    Train with ``structures=("block30diagonal", "dense")``. Where do its loss
 #    and its state lie?
 #
-#    *Solution:* replace ``(structure, structure)`` in ``singd``. The large
-#    input factor shrinks to its blocks, so that the state lies between those
-#    of the two structures above; so, about, does the loss.
+# .. dropdown:: Solution
+#
+#    Replace ``(structure, structure)`` in ``singd``. The large input factor
+#    shrinks to its blocks, so that the state lies between those of the two
+#    structures above; so, about, does the loss.
