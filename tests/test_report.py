@@ -71,7 +71,7 @@ def test_what_is_not_known_is_nan():
 
 
 def test_the_table_in_a_notebook():
-    model, batches = model_and_batches("mlp")
+    model, _ = model_and_batches("mlp")
     optimizer = SINGD(model)
     html = optimizer._repr_html_()
     assert html.count("<tr>") == 1 + 3  # a header and three layers

@@ -11,7 +11,8 @@ diverging one, and shows the remedies.
 
    - **Log** the statistics of every layer.
    - **Recognise** a healthy, a stale and a diverging preconditioner.
-   - **Choose** the remedy: ``lr_cov``, ``normalize_lr_cov``, ``damping``, ``T``.
+   - **Choose** the remedy: ``lr_cov``, ``normalize_lr_cov``, ``damping`` or
+     ``T``.
 
    You should have read
    :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
@@ -119,9 +120,8 @@ axes[0].legend()
 
 bad = next(i for i, loss in enumerate(runs["diverging"][0]) if loss != loss)
 m_K = {name: [s["norm_m_K"] for s in run[1]] for name, run in runs.items()}
-warned = next(
-    i for i, m in enumerate(m_K["diverging"]) if m > 10 * m_K["diverging"][0]
-)
+first = m_K["diverging"][0]
+warned = next(i for i, m in enumerate(m_K["diverging"]) if m > 10 * first)
 print(f"m_K has grown tenfold at step {warned}, the loss is nan at {bad}")
 assert bad - warned == 2
 assert m_K["healthy"][-1] < 0.5 * m_K["healthy"][0]
@@ -145,8 +145,10 @@ axes[1].set_yscale("linear")
 axes[0].legend()
 
 last = {name: run[1][-1] for name, run in runs.items()}
-assert last["stale"]["trace_K"] < 1.2 and last["stale"]["cosine"] > 0.99
-assert last["healthy"]["trace_K"] > 3 and last["healthy"]["cosine"] < 0.8
+assert last["stale"]["trace_K"] < 1.2
+assert last["stale"]["cosine"] > 0.99
+assert last["healthy"]["trace_K"] > 3
+assert last["healthy"]["cosine"] < 0.8
 assert max(s["update_ratio"] for s in runs["healthy"][1]) < 0.3
 
 # %%
