@@ -186,4 +186,5 @@ assert ours[-1] < 0.2
 #    ``2 * super().grads(layer, g)`` from ``grads``. The inputs stay.
 #
 # Where to go next:
-# :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` shows how to see that the new layer trains well.
+# :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` shows how
+# to see that the new layer trains well.

@@ -113,9 +113,10 @@ axes[0].legend()
 
 # %%
 # The diverging run's loss stops when it is no number any more. Its
-# :math:`m_K` grew tenfold two steps before that. In the healthy run :math:`m_K` rises for
-# the first steps, while the factors are far from fitting, and then shrinks. In
-# the stale run it stays large: the factors are needed elsewhere, but they
+# :math:`m_K` grew tenfold two steps before that. In the healthy run
+# :math:`m_K` rises for the first steps, while the factors are far from
+# fitting, and then shrinks. In the stale run it stays large: the factors are
+# needed elsewhere, but they
 # hardly move.
 
 bad = next(i for i, loss in enumerate(runs["diverging"][0]) if loss != loss)
