@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -187,7 +187,8 @@ class WithOnes(Rows):
         return self._rows.width + 1
 
     def matrix(self) -> Tensor:
-        return _append_ones(self._rows.matrix())
+        # Part by part, so that A is not held beside [A | 1].
+        return _append_ones(self._rows.count, (part.matrix() for part in self._rows.split()))
 
     def gram(self) -> Tensor:
         return _border(self._rows.gram(), self._rows.sums(), self.count)
@@ -204,7 +205,7 @@ class WithOnes(Rows):
     def columns(self, start: int, stop: int) -> Tensor:
         last = self.width - 1
         columns = self._rows.columns(min(start, last), min(stop, last))
-        return columns if stop <= last or start > last else _append_ones(columns)
+        return columns if stop <= last or start > last else _append_ones(self.count, [columns])
 
     def split(self) -> Iterator[Rows]:
         return (WithOnes(part) for part in self._rows.split())
@@ -218,13 +219,18 @@ class WithOnes(Rows):
         return torch.cat([blocks, last[None]]), last.new_zeros(0, 0)
 
 
-def _append_ones(A: Tensor) -> Tensor:
-    """[A | 1] in the memory layout of A, so that a transposed A stays cheap to transpose back."""
-    m, d = A.shape
-    across = A.stride(-1) != 1
-    out = A.new_empty(d + 1, m).T if across else A.new_empty(m, d + 1)
-    out[:, :d] = A
-    out[:, d] = 1
+def _append_ones(count: int, parts: Iterable[Tensor]) -> Tensor:
+    """[A | 1] for A [count, d] in parts, in their layout: a transposed A stays cheap to turn."""
+    out, done = None, 0
+    for part in parts:
+        m, d = part.shape
+        if out is None:
+            across = part.stride(-1) != 1
+            out = part.new_empty(d + 1, count).T if across else part.new_empty(count, d + 1)
+        out[done : done + m, :d] = part
+        done += m
+    assert out is not None  # a part may be empty, but there is one
+    out[:, -1] = 1
     return out
 
 
