@@ -121,6 +121,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def averages_gradients(model: nn.Module) -> bool:
+    """Whether a wrapper averages the gradients over processes."""
+    while hasattr(model, "_orig_mod"):
+        model = cast(nn.Module, model._orig_mod)
+    return isinstance(model, nn.parallel.DistributedDataParallel)
+
+
 def find_slots(model: nn.Module) -> list[Slot]:
     """Every place of the model that holds a parameter.
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from singd import checkpoint, options, report, scaler
-from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
+from singd import checkpoint, distributed, options, report, scaler
+from singd.blocks import SIDES, Block, averages_gradients, find_blocks, find_slots, unwrapped
 from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
 from singd.update import Outer, moved_factor, natural_gradient, riemannian_momenta
@@ -73,6 +73,8 @@ class SINGD(torch.optim.Optimizer):
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
         cache_products: Keep :math:`K K^\top` and :math:`C C^\top` of dense factors between updates (T > 1):
             half the cost of a step, for half of the factors' memory again.
+        average_gradients: With several processes: average the gradients over them in ``step``. None: unless
+            ``model`` is wrapped in DistributedDataParallel, which has done it then.
 
     Raises:
         TypeError: For an option of the wrong type.
@@ -101,6 +103,7 @@ class SINGD(torch.optim.Optimizer):
         fallback: Mapping[str, Any] | None = options.ADAMW,
         grad_scaler: torch.amp.GradScaler | None = None,
         cache_products: bool = True,
+        average_gradients: bool | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
@@ -123,6 +126,9 @@ class SINGD(torch.optim.Optimizer):
         )
         options.check_singd(defaults)
         self._fallback = options.fallback_options(fallback)
+        if average_gradients is None:
+            average_gradients = not averages_gradients(model)
+        self.average_gradients = average_gradients
         model = unwrapped(model)
         self._slots = find_slots(model)
         self._blocks, self._reasons = find_blocks(model)
@@ -337,11 +343,12 @@ class SINGD(torch.optim.Optimizer):
                 loss = closure()
         self._check_before_step()
         self._follow()
+        if distributed.world_size() > 1:
+            self._exchange()
         directions: dict[nn.Parameter, Tensor] = {}
-        for block in self._blocks:
-            if block.active and any(p.grad is not None for p in block.params):
-                with without_autocast(block.weight.device):
-                    directions.update(self._step_block(block))
+        for block in self._used_blocks():
+            with without_autocast(block.weight.device):
+                directions.update(self._step_block(block))
         self._statistics.clear()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -350,6 +357,17 @@ class SINGD(torch.optim.Optimizer):
             else:
                 self._step_sgd(group, params, [directions[p] for p in params])
         return loss
+
+    def _used_blocks(self) -> list[Block]:
+        return [b for b in self._blocks if b.active and any(p.grad is not None for p in b.params)]
+
+    def _exchange(self) -> None:
+        """Give all processes the same gradients and statistics."""
+        if self.average_gradients:
+            params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+            distributed.average_gradients([p for p in params if not hasattr(p, "full_tensor")])
+        due = [b for b in self._used_blocks() if self._due(b.modules[0]) is not None]
+        distributed.reduce_statistics(due, self._statistics)
 
     def _check_before_step(self) -> None:
         scaler.check(self)
@@ -522,6 +540,7 @@ class SINGD(torch.optim.Optimizer):
             "_announced",
             "grad_scaler",
             "cache_products",
+            "average_gradients",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
