@@ -39,7 +39,8 @@ tests: .venv/ready ## Run the tests, on all cores
 
 gallery: .venv/ready ## Run every notebook of the gallery and compare its outputs
 	@$(BIN)/python tools/notebooks.py check
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks \
+		-n auto --dist loadfile
 
 notebooks: .venv/ready ## Execute the notebooks whose page changed
 	@$(BIN)/python tools/notebooks.py build
