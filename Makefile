@@ -1,7 +1,7 @@
 # Everything runs in .venv, which each target makes or renews when it needs to.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help

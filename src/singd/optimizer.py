@@ -62,7 +62,7 @@ class SINGD(torch.optim.Optimizer):
         T: The factors are updated at steps 0, T, 2T, ...
         loss_average: What the loss averages over: None, "batch" or "batch+sequence".
         lr_cov: Step size on the factors :math:`\beta_1`: a number, or a callable of the step count.
-        structures: The structures of K and C: names, or what :func:`~singd.structures.registry.structure` takes.
+        structures: The structures of K and C: names, or what :func:`~singd.structure` takes.
         kfac_approx: How layers with weight sharing are treated: "expand" or "reduce".
         warn_unsupported: Whether to warn of parameters that are left out (``fallback=None``).
         kfac_like: IKFAC: no coupling between K and C, and no Riemannian momentum.
