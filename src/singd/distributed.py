@@ -7,6 +7,7 @@ of the ranks' losses, as in DistributedDataParallel: a gradient that a rank sees
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,3 +87,19 @@ def _matrices(block: Block) -> tuple[StructuredMatrix, StructuredMatrix]:
 
 def _dtype(block: Block) -> torch.dtype:
     return torch.promote_types(*(block.dtype(side) for side in SIDES))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that ``fully_shard`` spread over ranks, all of it (every rank must ask)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def placed_like(tensor: Tensor, param: Any) -> Tensor:
+    """The part of a whole tensor that this rank keeps of ``param``; needs no communication."""
+    if not hasattr(param, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = param.device_mesh
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, param.placements)

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
-from singd import checkpoint, distributed, options, report, scaler
+from singd import checkpoint, distributed, options, report, scaler, torch_steps
 from singd.blocks import SIDES, Block, averages_gradients, find_blocks, find_slots, unwrapped
 from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
@@ -353,9 +351,9 @@ class SINGD(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if group["algorithm"] == "adamw":
-                self._step_adamw(group, params)
+                torch_steps.adamw_step(group, params, self.state)
             else:
-                self._step_sgd(group, params, [directions[p] for p in params])
+                torch_steps.sgd_step(group, params, [directions[p] for p in params], self.state)
         return loss
 
     def _used_blocks(self) -> list[Block]:
@@ -404,15 +402,14 @@ class SINGD(torch.optim.Optimizer):
         state["step"] += 1
         layer = block.modules[0]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
+        grads = [distributed.whole(g) for g in grads]
         bias_grad = grads[1] if block.bias is not None else None
         dW = block.kind.to_matrix(layer, grads[0], bias_grad)
         K, C = (self._outer(block, side) for side in SIDES)
         N = natural_gradient(K, C, dW)
         weight, bias = block.kind.from_matrix(layer, N, block.bias is not None)
-        directions = {block.weight: weight.to(block.weight.dtype)}
-        if block.bias is not None and bias is not None:
-            directions[block.bias] = bias.to(block.bias.dtype)
-        return directions
+        parts = zip(block.params, (weight, bias), strict=False)
+        return {p: distributed.placed_like(d.to(p.dtype), p) for p, d in parts if d is not None}
 
     def _initialise(self, block: Block, state: dict[str, Any]) -> None:
         state["step"] = 0
@@ -445,61 +442,6 @@ class SINGD(torch.optim.Optimizer):
         for key, matrix in zip(checkpoint.FACTORS, new, strict=True):
             state[key] = matrix.to(dtype=state[key].dtype).flat()
         state["last_update"] = state["step"]
-
-    def _step_sgd(
-        self, group: dict[str, Any], params: list[nn.Parameter], directions: list[Tensor]
-    ) -> None:
-        """The natural gradients through torch's own SGD with momentum."""
-        buffers: list[Tensor | None] = [None] * len(params)
-        if group["momentum"] != 0:
-            for i, p in enumerate(params):
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers[i] = state["momentum_buffer"] = _beside(state["momentum_buffer"], p)
-        sgd(
-            params,  # type: ignore[arg-type]
-            directions,
-            buffers,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
-
-    def _step_adamw(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        for p in params:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = state[name].to(device=p.device, dtype=accumulation_dtype(p.dtype))
-        states = [self.state[p] for p in params]
-        # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
-        wide = [p.to(accumulation_dtype(p.dtype)) for p in params]
-        adamw(
-            wide,
-            [p.grad.to(w.dtype) for p, w in zip(params, wide, strict=True) if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            has_complex=any(p.is_complex() for p in params),
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for p, w in zip(params, wide, strict=True):
-            if w is not p:
-                p.copy_(w)
 
     # -- checkpoints and copies ----------------------------------------------------------------------
 
@@ -600,8 +542,3 @@ def _as_list(params: Any) -> list[Any]:
 def _has_some(grad: Tensor | None) -> bool:
     """Whether a gradient is anything but zero (a frozen or an unused layer's is not)."""
     return grad is not None and bool(grad.any())
-
-
-def _beside(tensor: Tensor, p: Tensor) -> Tensor:
-    """State on the parameter's device and in its dtype, where a model was moved after construction."""
-    return tensor.to(device=p.device, dtype=p.dtype)

@@ -226,6 +226,10 @@ class Watch:
             adds = node
             # torch.func.functional_call lends a layer other weights for the time of a forward
             borrowed = weight.is_leaf and weight is not now
+            if hasattr(
+                now, "full_tensor"
+            ):  # FSDP is going to gather the weight of the forward again
+                borrowed = False
             if hasattr(weight, "full_tensor"):  # FSDP gathers the weight only now
                 borrowed, adds = False, _accumulator(now)
             if not borrowed and not kept.released and _runs(adds):

@@ -39,3 +39,10 @@ def test_two_processes_equal_one():
     done = torchrun("equal_one_process.py", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) > 40
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_fully_sharded_models_equal_one_process(processes):
+    done = torchrun("fully_sharded.py", processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) > 15

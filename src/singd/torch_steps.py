@@ -1,0 +1,90 @@
+"""The parameter steps, which are torch's own: SGD with momentum for natural gradients, AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from singd.statistics import accumulation_dtype
+
+
+def sgd_step(
+    group: dict[str, Any],
+    params: Sequence[nn.Parameter],
+    directions: Sequence[Tensor],
+    states: MutableMapping[Any, dict[str, Any]],
+) -> None:
+    """Move parameters along natural gradients, with momentum.
+
+    Args:
+        group: Their param_group.
+        params: The parameters.
+        directions: The natural gradient of each, of its shape.
+        states: The optimizer's state by parameter; momentum buffers are kept in it.
+    """
+    buffers: list[Tensor | None] = [None] * len(params)
+    if group["momentum"] != 0:
+        for i, p in enumerate(params):
+            state = states[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffers[i] = state["momentum_buffer"] = _beside(state["momentum_buffer"], p)
+    sgd(
+        list(params),
+        list(directions),
+        buffers,
+        lr=group["lr"],
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def adamw_step(
+    group: dict[str, Any],
+    params: Sequence[nn.Parameter],
+    states: MutableMapping[Any, dict[str, Any]],
+) -> None:
+    """One step of AdamW on parameters that have a gradient; arguments as for :func:`sgd_step`."""
+    for p in params:
+        state = states[p]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(device=p.device, dtype=accumulation_dtype(p.dtype))
+    mine = [states[p] for p in params]
+    # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
+    wide = [p.to(accumulation_dtype(p.dtype)) for p in params]
+    adamw(
+        wide,
+        [p.grad.to(w.dtype) for p, w in zip(params, wide, strict=True) if p.grad is not None],
+        [s["exp_avg"] for s in mine],
+        [s["exp_avg_sq"] for s in mine],
+        [],
+        [s["step"] for s in mine],
+        has_complex=any(p.is_complex() for p in params),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    for p, w in zip(params, wide, strict=True):
+        if w is not p:
+            p.copy_(w)
+
+
+def _beside(tensor: Tensor, p: Tensor) -> Tensor:
+    """State on the parameter's device and in its dtype, where a model was moved after construction."""
+    return tensor.to(device=p.device, dtype=p.dtype)

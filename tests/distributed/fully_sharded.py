@@ -1,0 +1,92 @@
+"""Started by torchrun: models under ``fully_shard`` (FSDP2) equal one process with the whole batch.
+
+Each rank trains a twin on the whole batch first, alone, and then the sharded model on its share.
+"""
+
+import copy
+import itertools
+
+import torch
+import torch.distributed as dist
+from equal_one_process import alone_step
+from models import model_and_batches
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from singd import SINGD, registered_structures
+
+OPTIONS = dict(lr=0.05, lr_cov=0.2, damping=0.1, T=2)
+
+
+def sharded(model, policy):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.children():
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def run(name, first, policy=None, norm=False, **options):
+    """Train both; return the largest difference of a weight or a factor."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    shares = [2, 6, 3, 5][:ranks]
+    model, batches = model_and_batches(name, steps=5, batch=sum(shares))
+    if norm:  # not preconditioned: the fallback trains it
+        model.insert(1, nn.LayerNorm(8, dtype=torch.float64))
+    twin = copy.deepcopy(model)
+    options = {**OPTIONS, **options}
+    alone = SINGD(twin, average_gradients=False, **options)
+    alone_step(alone, twin, batches, "batch")
+
+    policy = policy or MixedPrecisionPolicy()
+    if first == "optimizer":
+        optimizer = SINGD(model, **options)
+        sharded(model, policy)
+    else:
+        optimizer = SINGD(sharded(model, policy), **options)
+    start = sum(shares[:rank])
+    mine = slice(start, start + shares[rank])
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[mine]), y[mine])
+        (loss * (ranks * shares[rank] / sum(shares))).backward()
+        optimizer.step()
+    differences = [
+        (p.full_tensor() - q).abs().max()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    ]
+    assert all(hasattr(p, "full_tensor") for p in model.parameters())
+    for layer, other in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(other, (nn.Linear, nn.Conv2d)):
+            pairs = zip(optimizer.factors(layer), alone.factors(other), strict=True)
+            differences += [(a.dense() - b.dense()).abs().max() for a, b in pairs]
+            assert alone.factors(other).K.dense().std() > 0
+    return max(differences).item()
+
+
+def main():
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    count = 0
+    for name, first in itertools.product(("mlp", "cnn", "shared"), ("optimizer", "shards")):
+        difference = run(name, first)
+        assert difference < 1e-10, (name, first, difference)
+        count += 1
+    assert run("mlp", "shards", norm=True) < 1e-10
+    for structure in registered_structures():
+        difference = run("mlp", "shards", structures=(structure, structure))
+        assert difference < 1e-10, (structure, difference)
+        count += 1
+    # Layers compute in float32, weights and gradients are kept and reduced in float64.
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+    difference = run("mlp", "shards", policy)
+    assert 0 < difference < 1e-5, difference
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{count} cases equal")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
