@@ -245,7 +245,11 @@ assert gap["triurank4last"] > 1.8 * gap["trilrank4last"]
 #    are: a permutation maps each of these sets to itself. All others change,
 #    since blocks, corners and distances then hold other pixels.
 #
-# Where to go next: the factor 2 in most projections is explained in
-# :doc:`/concepts`; all of them are listed in :doc:`/structures`; the functions
-# are :func:`~singd.structures.registry.registered_structures` and
-# :class:`~singd.structures.base.StructuredMatrix`.
+# Where to go next: why most projections double some entries
+# (:ref:`sphx_glr_auto_gallery_4_structures_plot_41_why_twice.py`), which
+# patterns are allowed
+# (:ref:`sphx_glr_auto_gallery_4_structures_plot_42_closure.py`), how to write
+# your own
+# (:ref:`sphx_glr_auto_gallery_4_structures_plot_43_your_own_structure.py`).
+# The functions are :func:`~singd.registered_structures` and
+# :class:`~singd.StructuredMatrix`.
