@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,31 +37,32 @@ class UpperToeplitz(StructuredMatrix):
     def mm(self, X: Tensor) -> Tensor:
         if self.n <= SMALL:
             return self.dense() @ X
-        return _convolve(self.t[:, None], X.flip(0)).flip(0)
+        return _convolve(self.t, X, mirrored=True)
 
     def tmm(self, X: Tensor) -> Tensor:
         if self.n <= SMALL:
             return self.dense().T @ X
-        return _convolve(self.t[:, None], X)
+        return _convolve(self.t, X)
 
     def compose(self, other: UpperToeplitz) -> UpperToeplitz:
-        return UpperToeplitz(_convolve(self.t[:, None], other.t[:, None])[:, 0])
+        return UpperToeplitz(_convolve(self.t, other.t[:, None])[:, 0])
 
     def project(self, Y: Tensor) -> UpperToeplitz:
         Y = Y.to(wide(Y))
         if self.n <= SMALL and Y.shape[1] > 2:
             sums = _diagonal_sums(Y @ Y.T)
         else:
-            spectrum = torch.fft.rfft(Y, _fast_length(2 * self.n), dim=0)
-            power = torch.view_as_real(spectrum).square().sum(dim=(1, 2))
-            sums = torch.fft.irfft(power, _fast_length(2 * self.n))[: self.n]
+            length = _fast_length(2 * self.n - 1)
+            spectrum = torch.fft.rfft(Y.T.contiguous(), length)
+            power = torch.view_as_real(spectrum).square().sum(dim=(0, 2))
+            sums = torch.fft.irfft(power, length)[: self.n]
         return self._means(sums)
 
     def gram(self) -> UpperToeplitz:
         # The j-th off-diagonal of A^T A sums to sum over s of (n - j - s) t[s] t[s + j]: two correlations.
         # They cancel for j near n, hence float64 (of vectors only), where the device has it.
         t = self.t.to(self.t.dtype if self.t.device.type == "mps" else torch.float64)
-        length = _fast_length(2 * self.n)
+        length = _fast_length(2 * self.n - 1)
         s = torch.arange(self.n, dtype=t.dtype, device=t.device)
         spectrum = torch.fft.rfft(torch.stack([t, s * t]), length)
         correlations = torch.fft.irfft(spectrum.conj() * spectrum[0], length)[:, : self.n]
@@ -89,13 +91,18 @@ class UpperToeplitz(StructuredMatrix):
         return UpperToeplitz(means.to(self.t.dtype))
 
 
-def _convolve(t: Tensor, X: Tensor) -> Tensor:
-    """The first n rows of the convolution of t, [n, 1], with each column of X, [n, m]."""
+def _convolve(t: Tensor, X: Tensor, mirrored: bool = False) -> Tensor:
+    """The first n rows of the convolution of t, [n], with each column of X, [n, m].
+
+    ``mirrored`` gives the correlation instead: the sum over j of t[j] X[i + j].
+    """
     n, dtype = len(X), torch.promote_types(t.dtype, X.dtype)
-    length = _fast_length(2 * n)
-    t, X = t.to(wide(t)), X.to(wide(X))
-    product = torch.fft.rfft(t, length, dim=0) * torch.fft.rfft(X, length, dim=0)
-    return torch.fft.irfft(product, length, dim=0)[:n].to(dtype)
+    length = _fast_length(2 * n - 1)
+    # along contiguous rows: a transform along the columns of a matrix takes more than twice as long
+    rows = X.T.to(wide(X)).contiguous()
+    factor = torch.fft.rfft(t.to(wide(t)), length)
+    product = torch.fft.rfft(rows, length).mul_(factor.conj() if mirrored else factor)
+    return torch.fft.irfft(product, length)[:, :n].T.to(dtype)
 
 
 def _diagonal_sums(N: Tensor) -> Tensor:
@@ -105,7 +112,15 @@ def _diagonal_sums(N: Tensor) -> Tensor:
     return padded.as_strided((n, n), (2 * n + 1, 1)).sum(0)
 
 
+@cache
 def _fast_length(n: int) -> int:
-    """The smallest power of two, or three times one, that is at least n."""
-    power = 1 << (n - 1).bit_length()
-    return 3 * power // 4 if power >= 4 and 3 * power // 4 >= n else power
+    """The smallest length of at least n that is 16 times a product of twos, threes and fives."""
+    length = 16 * -(-n // 16)
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 16
