@@ -1,0 +1,210 @@
+r"""
+Do micro-batches give the same step as one batch?
+=================================================
+
+A batch that does not fit into memory is taken in parts: several backwards,
+then one step. Gradients simply add up. The statistics of SINGD are averages of
+*squares*, and these need more care. This page shows that the care is taken.
+
+.. admonition:: What you will learn
+
+   - **Scale** the loss of each micro-batch.
+   - **Check** that the step is that of the whole batch.
+   - **See** what goes wrong with another scaling, and for whom.
+
+   You should have read
+   :ref:`sphx_glr_auto_gallery_1_start_plot_11_replace_adamw.py`.
+
+What is added up
+----------------
+
+With a loss that is a mean over the batch of :math:`B` examples, the output
+gradient of one example carries a factor :math:`1/B`. The statistics are
+
+.. math::
+
+   U = \frac1B \sum_b a_b a_b^\top, \qquad G = B \sum_b g_b g_b^\top .
+
+Each backward adds to both *sums*. The step divides and multiplies once, by the
+:math:`B` of all micro-batches together. This is right if the losses of the
+micro-batches add up to the loss of the whole batch.
+"""
+
+import copy
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from singd import SINGD
+
+BATCH, STEPS = 96, 12
+OPTIONS = dict(lr=1e-2, T=1, lr_cov=0.1, damping=1e-2)
+_ = torch.set_num_threads(1)  # the same digits on every machine
+
+data = load_digits()
+images = torch.tensor(data.data, dtype=torch.float64) / 16
+labels = torch.tensor(data.target)
+torch.manual_seed(0)
+start = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+start = start.double()
+
+# %%
+# The loop
+# --------
+#
+# ``parts`` are the sizes of the micro-batches. The loss of each is a mean over
+# its own examples, so it is weighted by its share of the batch.
+
+
+def fit(parts, weight="share", **options):
+    model = copy.deepcopy(start)
+    optimizer = SINGD(model, **{**OPTIONS, **options})
+    for step in range(STEPS):
+        batch = torch.arange(step * BATCH, (step + 1) * BATCH)
+        optimizer.zero_grad()
+        for part in batch.split(parts):
+            output = model(images[part])
+            loss = nn.functional.cross_entropy(output, labels[part])
+            if weight == "share":
+                loss = loss * len(part) / BATCH
+            loss.backward()
+        if weight == "after":
+            for p in model.parameters():
+                p.grad /= len(parts)
+        optimizer.step()
+    return optimizer.factors("0").K.dense(), model[0].weight.detach()
+
+
+def difference(a, b):
+    """Relative distance."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+# %%
+# Equal or unequal, it is the same step
+# -------------------------------------
+#
+# We train in double precision, so that a difference would not hide in
+# rounding.
+
+whole, W_whole = fit([96])
+SPLITS = {
+    "4 equal": [24] * 4,
+    "unequal": [50, 30, 15, 1],
+    "96 of one": [1] * 96,
+}
+rounding = {}
+for name, parts in SPLITS.items():
+    K, W = fit(parts)
+    rounding[name] = max(difference(K, whole), difference(W, W_whole))
+    print(f"{name:10} the same: {rounding[name] < 1e-10}")
+    assert rounding[name] < 1e-10
+
+fig, ax = plt.subplots(figsize=(6, 2.4))
+ax.barh(list(rounding), list(rounding.values()), color="C0")
+ax.axvline(2.2e-16, color="C7", linestyle="--", label="one rounding")
+ax.set(xscale="log", xlim=(1e-17, 1), xlabel="difference to the whole batch")
+ax.set_title("Every split gives the same run")
+ax.legend()
+
+# %%
+# After twelve steps, factors and weights differ by rounding only. This also
+# holds for parts of unequal size, and for parts of a single example.
+#
+# The wrong scaling
+# -----------------
+#
+# Some loops leave the losses as they are and divide the gradients before the
+# step. The gradients are then right. But :math:`G` has been gathered from
+# gradients that were four times too large, :math:`G \to 16\,G`.
+#
+# **Before you run on:** SINGD is invariant to :math:`U \to cU, G \to G/c`, but
+# here only :math:`G` changes. IKFAC (``kfac_like=True``) has no such
+# invariance at all. What do you expect of each?
+
+MODES = {"SINGD": {}, "IKFAC": dict(kfac_like=True)}
+off = {}
+for name, options in MODES.items():
+    right = fit([96], **options)
+    shared = fit([24] * 4, **options)
+    wrong = fit([24] * 4, weight="after", **options)
+    assert max(map(difference, shared, right)) < 1e-10
+    off[name] = [100 * d for d in map(difference, wrong, right)]
+    print(f"{name}: K off by {off[name][0]:.0f} %", end=", ")
+    print(f"weights by {off[name][1]:.1f} %")
+
+# %%
+# The figure shows how far off the factor :math:`K` and the weight of the first
+# layer are, after twelve steps.
+
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.2))
+for ax, i, what in zip(axes, (0, 1), ("K", "W")):
+    values = [errors[i] for errors in off.values()]
+    drawn = ax.barh(list(off), values, color=["C0", "C1"])
+    ax.bar_label(drawn, fmt=" %.1f %%")
+    ax.set(xlabel=f"{what} is off by (%)", xlim=(0, 1.2 * max(values)))
+_ = fig.suptitle("Dividing the gradients afterwards is too late")
+
+# %%
+# In SINGD the trace of :math:`H_C` scales the update of :math:`K`, so a wrong
+# :math:`G` reaches :math:`K`. IKFAC's first :math:`K` does not see :math:`G`;
+# there the error sits in :math:`C`, and spoils the weights all the same.
+
+assert off["SINGD"][0] > 3
+assert off["IKFAC"][0] < 1e-8
+assert min(off["SINGD"][1], off["IKFAC"][1]) > 0.1
+
+# %%
+# The more parts, the worse
+# -------------------------
+#
+# The wrong scaling makes :math:`G` too large by the square of the number of
+# parts. So the error depends on how you cut the batch, and that should not
+# matter.
+
+numbers = [1, 2, 3, 4, 6]
+errors = []
+for n in numbers:
+    K, _ = fit([96 // n] * n, weight="after")
+    errors.append(100 * difference(K, whole))
+
+fig, ax = plt.subplots(figsize=(6, 3))
+ax.plot(numbers, errors, "o-")
+ax.set(xlabel="number of micro-batches", ylabel="K is off by (%)")
+ax.set_title("The error grows with the number of parts")
+
+assert errors == sorted(errors)
+assert errors[0] < 1e-8
+
+# %%
+# When not to use it
+# ------------------
+#
+# If the batch fits, take it whole: each backward gathers statistics, and many
+# small products are slower than one large one. With a BatchNorm, micro-batches
+# are not equal to the whole batch in any optimizer.
+#
+# .. admonition:: Lessons learned
+#
+#    - Weight each loss by its share of the batch; then nothing else changes.
+#    - Parts of unequal size are fine.
+#    - Do not rescale gradients afterwards: the statistics are gathered before.
+#    - ``zero_grad`` clears the statistics together with the gradients.
+#
+# .. admonition:: Exercise
+#
+#    Your loss is a *sum* over the examples. Which weight, and which
+#    ``loss_average``?
+#
+# .. dropdown:: Solution
+#
+#    Sums add up as they are: no weight, and ``loss_average=None``.
+#
+# Where to go next:
+# :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` shows how to
+# watch the factors,
+# :ref:`sphx_glr_auto_gallery_4_structures_plot_40_zoo.py` how small they can
+# be, and :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py` compares
+# optimizers.
