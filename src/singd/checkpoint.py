@@ -115,9 +115,41 @@ def restore(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
                 optimizer.state[p][key] = state[key].to(p.device, copy=True)
 
 
+def is_rehearsal(optimizer: SINGD) -> bool:
+    """Whether this is the step on nothing by which torch.distributed.checkpoint fills an empty state.
+
+    It sets gradients and learning rates to zero for one call of ``step`` where there is no state yet. A first
+    step of training was preceded by a backward pass, or by none through any layer but then by a gradient.
+    """
+    groups = optimizer.param_groups
+    if optimizer.state or optimizer._heard or any(float(g["lr"]) != 0 for g in groups):
+        return False
+    grads = [p.grad for g in groups for p in g["params"] if p.grad is not None]
+    return not any(bool(getattr(g, "_local_tensor", g).any()) for g in grads)
+
+
+def rewind(optimizer: SINGD) -> None:
+    """Take a rehearsal back, but for the state that it made: the first step is still to come."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"] * 0
+        if "momentum_buffer" in state:  # it holds the weight decay already
+            state["momentum_buffer"].zero_()
+
+
 def state_bytes(state: Mapping[str, Any]) -> int:
     """Bytes of the tensors in a parameter's state."""
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
 
 
-__all__ = ["FACTORS", "SIDES", "check", "complete", "pack", "restore", "state_bytes"]
+__all__ = [
+    "FACTORS",
+    "SIDES",
+    "check",
+    "complete",
+    "is_rehearsal",
+    "pack",
+    "restore",
+    "rewind",
+    "state_bytes",
+]

@@ -45,7 +45,7 @@ def reduce_statistics(blocks: Sequence[Block], statistics: dict[Block, Statistic
         return
     wide = torch.float64 if any(_dtype(b) == torch.float64 for b in blocks) else torch.float32
     buffer = torch.cat([p.to(wide) for p in parts])
-    dist.all_reduce(buffer)
+    _summed(buffer)
     ranks = world_size()
     start = 0
     for block, (K, C) in zip(blocks, views, strict=True):
@@ -63,18 +63,33 @@ def reduce_statistics(blocks: Sequence[Block], statistics: dict[Block, Statistic
         )
 
 
+def _summed(buffer: Tensor) -> None:
+    """Sum over the ranks, in place.
+
+    Raises:
+        RuntimeError: If another process has ended, or does not answer within the group's timeout.
+    """
+    try:
+        dist.all_reduce(buffer)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} of {dist.get_world_size()} lost another process in SINGD.step; "
+            "start all of them again from the last checkpoint."
+        ) from error
+
+
 def average_gradients(params: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by the mean over the ranks; one that no rank has stays None."""
     if not params:
         return
     flags = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    dist.all_reduce(flags)
+    _summed(flags)
     used = [p for p, flag in zip(params, flags.tolist(), strict=True) if flag > 0]
     for dtype in {p.dtype for p in used}:
         some = [p for p in used if p.dtype == dtype]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
         buffer = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(buffer)
+        _summed(buffer)
         buffer /= world_size()
         for p, part in zip(some, buffer.split([g.numel() for g in grads]), strict=True):
             p.grad = part.view_as(p)

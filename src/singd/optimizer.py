@@ -341,7 +341,8 @@ class SINGD(torch.optim.Optimizer):
                 loss = closure()
         self._check_before_step()
         self._follow()
-        if distributed.world_size() > 1:
+        rehearsal = checkpoint.is_rehearsal(self)
+        if distributed.world_size() > 1 and not rehearsal:
             self._exchange()
         directions: dict[nn.Parameter, Tensor] = {}
         for block in self._used_blocks():
@@ -354,6 +355,8 @@ class SINGD(torch.optim.Optimizer):
                 torch_steps.adamw_step(group, params, self.state)
             else:
                 torch_steps.sgd_step(group, params, [directions[p] for p in params], self.state)
+        if rehearsal:
+            checkpoint.rewind(self)
         return loss
 
     def _used_blocks(self) -> list[Block]:
@@ -363,7 +366,9 @@ class SINGD(torch.optim.Optimizer):
         """Give all processes the same gradients and statistics."""
         if self.average_gradients:
             params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-            distributed.average_gradients([p for p in params if not hasattr(p, "full_tensor")])
+            params = [p for p in params if not hasattr(p, "full_tensor")]
+            scaler.check_averaging(self.grad_scaler if params else None)
+            distributed.average_gradients(params)
         due = [b for b in self._used_blocks() if self._due(b.modules[0]) is not None]
         distributed.reduce_statistics(due, self._statistics)
 

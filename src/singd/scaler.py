@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from singd.optimizer import SINGD
 
@@ -36,4 +38,18 @@ def check(optimizer: SINGD) -> None:
         raise RuntimeError(
             "SINGD was built with a grad_scaler, but that scaler did not unscale the gradients of this step; "
             "use scaler.step(optimizer)."
+        )
+
+
+def check_averaging(scaler: torch.amp.GradScaler | None) -> None:
+    """Refuse to average gradients after a scaler looked at them: each rank would decide for itself.
+
+    Raises:
+        RuntimeError: If there is a scaler that is enabled.
+    """
+    if scaler is not None and scaler.is_enabled():
+        raise RuntimeError(
+            "SINGD averages gradients in step, after the grad_scaler looked for overflows, so that ranks could "
+            "disagree on whether to step; wrap the model in DistributedDataParallel before building SINGD, or "
+            "pass average_gradients=False where something else averages them."
         )

@@ -12,7 +12,7 @@ HERE = pathlib.Path(__file__).parent
 PATH = os.pathsep.join(str(p) for p in (HERE.parent.parent / "src", HERE.parent))
 
 
-def torchrun(script, processes, timeout=300):
+def torchrun(script, processes, *arguments, timeout=100):
     command = [
         sys.executable,
         "-m",
@@ -26,7 +26,7 @@ def torchrun(script, processes, timeout=300):
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command += [f"--nproc-per-node={processes}", str(HERE / script)]
+    command += [f"--nproc-per-node={processes}", str(HERE / script), *map(str, arguments)]
     return subprocess.run(
         command, env=environment, timeout=timeout, capture_output=True, text=True, check=False
     )
@@ -46,3 +46,27 @@ def test_fully_sharded_models_equal_one_process(processes):
     done = torchrun("fully_sharded.py", processes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) > 15
+
+
+def test_checkpoints_of_four_ranks_resume_on_two_and_one(tmp_path):
+    saved = torchrun("sharded_checkpoint.py", 4, "save", tmp_path)
+    assert saved.returncode == 0 and "saved" in saved.stdout, saved.stderr[-3000:]
+    for ranks in (2, 1):
+        done = torchrun("sharded_checkpoint.py", ranks, "resume", tmp_path)
+        assert done.returncode == 0 and "resumed" in done.stdout, done.stderr[-3000:]
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all():
+    done = torchrun("failures.py", 2, "overflow")
+    assert done.returncode == 0 and "as expected" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_scaler_needs_gradients_that_are_averaged_before_it_looks():
+    done = torchrun("failures.py", 2, "unwrapped")
+    assert done.returncode == 0 and "as expected" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_killed_rank_ends_the_others_with_a_clear_error():
+    done = torchrun("failures.py", 2, "killed")
+    assert done.returncode != 0
+    assert "after 2 steps: Rank 0 of 2 lost another process in SINGD.step" in done.stdout

@@ -1,0 +1,95 @@
+"""Started by torchrun with ``overflow`` or ``killed``: what one rank meets, all ranks bear."""
+
+import copy
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from models import model_and_batches
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from singd import SINGD, distributed
+
+
+def overflow():
+    """A scaler's overflow on rank 1: all skip the step, and go on as if the batch had not been."""
+    model, batches = model_and_batches("mlp", steps=4, batch=6)
+    model = model.float()
+    twin = copy.deepcopy(model)
+    scale = 2.0**10
+    ends = []
+    for network, bad in ((model, True), (twin, False)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        trained = DistributedDataParallel(network)
+        optimizer = SINGD(trained, T=1, lr=0.05, lr_cov=0.2, grad_scaler=scaler)
+        for i, (x, y) in enumerate(batches):
+            x = x.float().chunk(2)[dist.get_rank()]
+            y = y.chunk(2)[dist.get_rank()]
+            if i == 2:
+                if not bad:
+                    continue
+                factor = float("inf") if dist.get_rank() == 1 else 1.0
+            else:
+                factor = 1.0
+            before = [p.clone() for p in network.parameters()]
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(trained(x), y)
+            scaler.scale(loss * factor).backward()
+            scaler.step(optimizer)
+            scaler.update(scale)
+            same = [torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True)]
+            assert all(same) if factor != 1.0 or (bad and i == 2) else not any(same)
+        ends.append(
+            [*(p.detach().clone() for p in network.parameters()), optimizer.factors("2").K.flat()]
+        )
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def unwrapped():
+    """Without a wrapper, ranks could disagree on an overflow: refused."""
+    model, batches = model_and_batches("mlp", steps=1, batch=6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = SINGD(model.float(), grad_scaler=scaler)
+    scaler.scale(
+        nn.functional.cross_entropy(model(batches[0][0].float()), batches[0][1])
+    ).backward()
+    try:
+        scaler.step(optimizer)
+    except RuntimeError as error:
+        assert "wrap the model in DistributedDataParallel" in str(error)
+    else:
+        raise AssertionError("SINGD stepped")
+
+
+def killed():
+    """Rank 1 dies in its third step, before it exchanges anything; rank 0 says so."""
+    model, batches = model_and_batches("mlp", steps=4, batch=6)
+    optimizer = SINGD(DistributedDataParallel(model), T=1)
+    reduce = distributed.reduce_statistics
+    for i, (x, y) in enumerate(batches):
+        if i == 2 and dist.get_rank() == 1:
+            distributed.reduce_statistics = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            print(f"after {i} steps: {error}", flush=True)
+            os._exit(3)
+    distributed.reduce_statistics = reduce
+    print("nothing happened")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    torch.set_num_threads(1)
+    {"overflow": overflow, "unwrapped": unwrapped, "killed": killed}[sys.argv[1]]()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print("as expected")
+    dist.destroy_process_group()
