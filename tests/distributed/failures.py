@@ -6,6 +6,7 @@ import signal
 import sys
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 from models import model_and_batches
@@ -58,12 +59,8 @@ def unwrapped():
     scaler.scale(
         nn.functional.cross_entropy(model(batches[0][0].float()), batches[0][1])
     ).backward()
-    try:
+    with pytest.raises(RuntimeError, match="wrap the model in DistributedDataParallel"):
         scaler.step(optimizer)
-    except RuntimeError as error:
-        assert "wrap the model in DistributedDataParallel" in str(error)
-    else:
-        raise AssertionError("SINGD stepped")
 
 
 def killed():

@@ -1,4 +1,4 @@
-"""Started by torchrun with ``save DIR`` or ``resume DIR``: checkpoints of sharded models, on any number of ranks."""
+"""Started by torchrun with ``save DIR`` or ``resume DIR``: checkpoints of sharded models."""
 
 import sys
 
