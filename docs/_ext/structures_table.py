@@ -11,6 +11,7 @@ from singd import registered_structures
 
 TABLE = pathlib.Path(__file__).parents[1] / "structures_table.md"
 SHOWN, COUNTED = 12, 1000  # sizes: of the pictures, and for the counts
+STRUCTURES = registered_structures()  # before pages of the gallery register theirs
 
 
 def pattern(make) -> str:
@@ -37,8 +38,8 @@ def lines():
     """One row per structure; of a family with sizes in its name, its first member."""
     yield "| | name and members | $P(N)$ | numbers stored | product with a vector |"
     yield "|---|---|---|---|---|"
-    structures, seen = registered_structures(), set()
-    for name, s in structures.items():
+    seen = set()
+    for name, s in STRUCTURES.items():
         family = re.sub(r"\d+", "", name)
         if family in seen:
             continue
@@ -46,7 +47,7 @@ def lines():
         projection = ", ".join(f"${part}$" for part in s.projection.split(r",\;"))
         count = s(COUNTED, device="meta").numel
         yield (
-            f"| {pattern(structures[smaller(name)])} | `{name}`<br>{s.members} | {projection} "
+            f"| {pattern(STRUCTURES[smaller(name)])} | `{name}`<br>{s.members} | {projection} "
             f"| ${s.numbers}$<br>{count:,} | ${s.cost}$ |"
         )
 
