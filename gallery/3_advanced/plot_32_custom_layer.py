@@ -182,9 +182,13 @@ assert ours[-1] < 0.2
 #    Write a kind for a layer that scales its output by a constant:
 #    ``y = 2 * (x @ W.T + b)``. What are its rows?
 #
-#    *Solution:* derive it from ``LinearKind`` and return
-#    ``2 * super().grads(layer, g)`` from ``grads``. The inputs stay.
+# .. dropdown:: Solution
+#
+#    Derive it from ``LinearKind`` and return ``2 * super().grads(layer, g)``
+#    from ``grads``. The inputs stay.
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` shows how
-# to see that the new layer trains well.
+# to see that the new layer trains well, and
+# :ref:`sphx_glr_auto_gallery_4_structures_plot_43_your_own_structure.py` how
+# to add a structure. The interface is :class:`~singd.LayerKind`.

@@ -116,8 +116,8 @@ axes[0].legend()
 # :math:`m_K` grew tenfold two steps before that. In the healthy run
 # :math:`m_K` rises for the first steps, while the factors are far from
 # fitting, and then shrinks. In the stale run it stays large: the factors are
-# needed elsewhere, but they
-# hardly move.
+# needed elsewhere, but they hardly
+# move.
 
 bad = next(i for i, loss in enumerate(runs["diverging"][0]) if loss != loss)
 m_K = {name: [s["norm_m_K"] for s in run[1]] for name, run in runs.items()}
@@ -198,9 +198,13 @@ assert all(run[0][-1] < 0.5 for run in cured.values())
 #    Warm ``lr_cov`` up instead: a function of the step that grows from 0 to
 #    0.2 over 50 steps. Is the run healthy?
 #
-#    *Solution:* ``fit(T=1, lr_cov=lambda step: 0.2 * min(1, step / 50))``. It
-#    is; it only starts later.
+# .. dropdown:: Solution
 #
-# Where to go next: :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`
-# compares structures, and the page on choosing hyper-parameters in the
-# documentation has a table to start from.
+#    ``fit(T=1, lr_cov=lambda step: 0.2 * min(1, step / 50))``. It is; it only
+#    starts later.
+#
+# Where to go next:
+# :ref:`sphx_glr_auto_gallery_4_structures_plot_44_choosing.py` compares
+# structures,
+# :ref:`sphx_glr_auto_gallery_3_advanced_plot_30_vision_transformer.py` trains
+# a larger model, and :doc:`/choosing` has a table to start from.
