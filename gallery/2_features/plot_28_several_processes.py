@@ -1,0 +1,199 @@
+r"""
+Do several processes train the same model as one?
+=================================================
+
+Yes, to rounding. This page starts two processes with ``torchrun``, lets each
+see half of every batch, and compares the weights with those of one process
+that sees all of it.
+
+.. admonition:: What you will learn
+
+   - **Start** SINGD on several processes with ``DistributedDataParallel``.
+   - **Scale** the loss so that ranks with unequal batches fit together.
+   - **Count** what is exchanged.
+
+   You should have read
+   :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
+
+What is exchanged
+-----------------
+
+The curvature is made of sums over the batch. Each of :math:`N` ranks sums
+over its share; one reduction adds the sums and the counts:
+
+.. math::
+
+   H_K = \frac{\sum_r P(K^\top A_r^\top A_r K)}{\sum_r m_r}, \qquad
+   H_C = \frac{R}{N^2} \sum_r P(C^\top B_r^\top B_r C) .
+
+:math:`A_r` are the :math:`m_r` rows of inputs, :math:`B_r` the output
+gradients of rank :math:`r`, and :math:`R` undoes the averaging of the loss
+over *all* samples. The :math:`N^2` is there because the loss of the whole is
+the *mean* of the ranks' losses, in SINGD as in torch: each rank's gradient
+counts :math:`1/N`, and enters squared.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+import singd
+
+PROCESSES = 2
+source = str(Path(singd.__file__).parent.parent)
+
+# %%
+# The script
+# ----------
+#
+# It is the usual script of DistributedDataParallel. Rank 0 gets 48 samples of
+# each batch of 64, rank 1 the other 16: with unequal shares, a rank
+# multiplies the mean over its samples by ``ranks * its samples / all``. With
+# equal shares that is one, and can be left out.
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from singd import SINGD
+
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+torch.set_num_threads(1)
+torch.manual_seed(0)
+data = load_digits()
+images = torch.tensor(data.data) / 16
+labels = torch.tensor(data.target)
+
+model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+model = DistributedDataParallel(model.double())
+optimizer = SINGD(model, lr=0.01, T=1, lr_cov=0.1)
+
+shares = [64] if ranks == 1 else [48, 16]
+start = sum(shares[:rank])
+losses = []
+for step in range(30):
+    batch = torch.randint(0, len(images), (64,))  # the same on all ranks
+    mine = batch[start : start + shares[rank]]
+    optimizer.zero_grad()
+    output = model(images[mine])
+    loss = nn.functional.cross_entropy(output, labels[mine])
+    (loss * (ranks * len(mine) / 64)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        whole = nn.functional.cross_entropy(model(images), labels)
+    losses.append(whole.item())
+if rank == 0:
+    print(f"{ranks} process(es), last loss {losses[-1]:.6f}")
+    weights = [p.detach() for p in model.parameters()]
+    torch.save((losses, weights), sys.argv[1])
+dist.destroy_process_group()
+"""
+
+# %%
+# ``torchrun`` is ``python -m torch.distributed.run``. The environment keeps
+# the processes on this machine. *Before running on: how large will the
+# difference of the weights be after 30 steps?*
+
+
+def torchrun(processes):
+    """Run the script; return the losses and the weights of rank 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        script, result = Path(folder, "train.py"), Path(folder, "result.pt")
+        script.write_text(SCRIPT)
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += ["--standalone", "--local-addr=127.0.0.1"]
+        command += [f"--nproc-per-node={processes}", str(script), str(result)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": source,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        print(done.stdout.strip())
+        return torch.load(result)
+
+
+losses, weights = torchrun(1)
+losses_2, weights_2 = torchrun(PROCESSES)
+
+# %%
+# The two lines are one. In double precision nothing but rounding differs.
+
+fig, ax = plt.subplots()
+ax.plot(losses, linewidth=5, alpha=0.4, label="one process")
+ax.plot(losses_2, "--", label="two processes, 48 and 16 samples")
+ax.set(xlabel="step", ylabel="loss on all digits")
+_ = ax.legend()
+plt.show()
+
+pairs = zip(weights, weights_2, strict=True)
+difference = max((a - b).abs().max().item() for a, b in pairs)
+assert difference < 1e-10
+print("difference below 1e-10")
+
+# %%
+# What it costs
+# -------------
+#
+# Each update of the factors sends one flat buffer: as many numbers as K and C
+# have, and two counts for each layer. With the default ``T=10`` that happens
+# every tenth step. Structures decide how large it is.
+
+sizes = [(32, 65), (10, 33)]  # d_o x d_i of both layers
+for name in ("dense", "block8diagonal", "diagonal"):
+    make = singd.structure(name)
+    numbers = sum(make(n).numel for pair in sizes for n in pair)
+    numbers += 2 * len(sizes)
+    print(f"{name:15} {numbers:6} numbers for each update")
+gradient = sum(a * b for a, b in sizes)
+print(f"{'gradient':15} {gradient:6} numbers for each step")
+dense = sum(singd.structure("dense")(n).numel for p in sizes for n in p)
+assert dense > gradient
+
+# %%
+# When not to use this
+# --------------------
+#
+# A model that trains in one process in the time you have needs none of it.
+#
+# Lessons learned
+# ---------------
+#
+# - N processes equal one process on the whole batch: no option changes.
+# - The loss of the whole is the mean of the ranks' losses; scale unequal
+#   shares, and multiply a *sum* over samples by the number of ranks.
+# - Wrap first, then build: ``SINGD(DistributedDataParallel(model))``. Built
+#   before wrapping, pass ``average_gradients=False``; without it the
+#   gradients are averaged twice, which is right but slow.
+# - Without any wrapper SINGD averages the gradients itself, in ``step``.
+# - ``fully_shard`` (FSDP2) works before and after building SINGD. Each rank
+#   keeps whole factors.
+# - Dense factors send more than the gradient does; structured ones less.
+#
+# .. admonition:: Exercise
+#
+#    Leave the factor of the loss out. Which of weights and factors differ?
+#
+#    .. dropdown:: Solution
+#
+#       Both: a sample of rank 1 then weighs three times as much as one of
+#       rank 0.
+#
+# Next: :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` on
+# micro-batches, :ref:`sphx_glr_auto_gallery_2_features_plot_23_checkpoints.py`
+# on checkpoints, and
+# :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` on watching a
+# run.
