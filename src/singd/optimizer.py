@@ -73,6 +73,8 @@ class SINGD(torch.optim.Optimizer):
             half the cost of a step, for half of the factors' memory again.
         average_gradients: With several processes: average the gradients over them in ``step``. None: unless
             ``model`` is wrapped in DistributedDataParallel, which has done it then.
+            The loss of the whole is the mean of the ranks' losses: with unequal batches multiply a rank's mean
+            by ``ranks * its samples / all samples``, and a sum over samples by ``ranks``.
 
     Raises:
         TypeError: For an option of the wrong type.
