@@ -187,10 +187,10 @@ assert dense > gradient
 #
 #    Leave the factor of the loss out. Which of weights and factors differ?
 #
-#    .. dropdown:: Solution
+# .. dropdown:: Solution
 #
-#       Both: a sample of rank 1 then weighs three times as much as one of
-#       rank 0.
+#    Both: a sample of rank 1 then weighs three times as much as one of
+#    rank 0.
 #
 # Next: :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` on
 # micro-batches, :ref:`sphx_glr_auto_gallery_2_features_plot_23_checkpoints.py`
