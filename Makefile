@@ -1,5 +1,6 @@
 # Everything runs in .venv, which each target makes or renews when it needs to.
 PYTHON ?= python3
+PORT ?= 8000
 BIN := .venv/bin
 PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
 export MATPLOTLIBRC = $(CURDIR)/gallery
@@ -65,8 +66,8 @@ browser: docs ## Read the built site in a real browser (needs Chromium)
 	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py -n auto --dist worksteal
 
 serve: docs ## Serve the site on this machine
-	@echo "http://127.0.0.1:8000"
-	@$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory docs/_build/site
+	@echo "http://127.0.0.1:$(PORT)"
+	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory docs/_build/site
 
 lab: .venv/lab ## Open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks
