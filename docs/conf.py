@@ -34,7 +34,9 @@ extensions = [
     "sphinxcontrib.katex",
     "sphinxext.opengraph",
     "sphinx_sitemap",
-    "structures_table",  # docs/_ext
+    # in docs/_ext
+    "public_names",
+    "structures_table",
 ]
 exclude_patterns = [
     "_build",

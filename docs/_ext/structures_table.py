@@ -52,12 +52,13 @@ def lines():
         )
 
 
-def write(app):
+def write(app, config):
     text = "\n".join(lines()) + "\n"
     if not TABLE.exists() or TABLE.read_text() != text:  # unchanged: no page is read again
         TABLE.write_text(text)
 
 
 def setup(app):
-    app.connect("builder-inited", write)
+    # before the gallery runs in this process, whose pages register structures of their own
+    app.connect("config-inited", write)
     return {"parallel_read_safe": True}
