@@ -150,8 +150,8 @@ assert torch.isfinite(weights).all()
 assert losses[-1] < 0.6 * losses[0]
 
 # %%
-# The loss has a gap at the bad step, and stays low. Neither the weights nor the
-# factors have seen the bad batch.
+# The loss has a gap at the bad step, and stays low. Neither the weights nor
+# the factors have seen the bad batch.
 #
 # What clipping clips
 # -------------------
