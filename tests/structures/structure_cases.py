@@ -19,5 +19,8 @@ def member(name, n, dtype=torch.float64):
 
 
 def tolerance(dtype):
-    """What a product of three matrices of these sizes may lose: some units of rounding."""
-    return 50 * torch.finfo(dtype).eps
+    """What a product of three matrices of these sizes may lose: some units of rounding.
+
+    In float64 the expected values are no better themselves, as they come from a pseudo-inverse.
+    """
+    return max(8 * torch.finfo(dtype).eps, 1e-13)

@@ -15,11 +15,16 @@ every_member = pytest.mark.parametrize(("name", "n"), CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def close(actual, expected, dtype=F64):
-    """Equal up to the rounding of ``dtype``, relative to the largest entry."""
+def close(actual, expected, dtype=F64, scale=None):
+    """Equal up to the rounding of ``dtype``, relative to the largest expected entry or to ``scale``."""
     actual, expected = actual.double(), expected.double()
-    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    scale = expected.abs().max().item() if scale is None else scale
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance(dtype) * scale)
+
+
+def terms(V, W):
+    """The scale of V W^T + W V^T before its terms cancel."""
+    return 2 * (V.abs() @ W.abs().T).max().item()
 
 
 @functools.cache
@@ -78,8 +83,9 @@ def test_identity_transpose_and_measures(name, n, dtype):
     close(structure(name)(n, dtype=dtype).dense(), torch.eye(n), dtype)
     close(A.T.dense(), a.T, dtype)
     close(A.T.T.dense(), a, dtype)
-    close(A.trace(), a.trace(), dtype)
-    close(A.average_trace(), a.trace() / n, dtype)
+    size = a.diagonal().abs().sum().item()  # the trace's terms may cancel
+    close(A.trace(), a.trace(), dtype, size)
+    close(A.average_trace(), a.trace() / n, dtype, size / n)
     close(A.norm(), a.norm(), dtype)
     close(A.max_abs(), a.abs().max(), dtype)
     assert A.n == n
@@ -91,6 +97,10 @@ def test_projections_by_their_definition(name, n, dtype):
     A, Y = member(name, n, dtype), torch.randn(n, 6).to(dtype)
     a, y = A.dense().double(), Y.double()
     close(A.project(Y).dense(), P(name, y @ y.T), dtype)
+    Z = torch.randn(n, 6).to(dtype)
+    z = Z.double()
+    close(A.project_pair(Y, Z).dense(), P(name, y @ z.T + z @ y.T), dtype, terms(y, z))
+    assert A.project_pair(Y, Z).dtype == A.project(Y).dtype == dtype
     close(A.gram().dense(), P(name, a.T @ a), dtype)
     close(A.cogram().dense(), P(name, a @ a.T), dtype)
     for m in (0, 3, 3 * n):  # fewer and more rows than columns take different routes
@@ -98,6 +108,20 @@ def test_projections_by_their_definition(name, n, dtype):
         r = R.double()
         close(A.sandwich(DenseRows(R)).dense(), P(name, a.T @ r.T @ r @ a), dtype)
         close(A.co_sandwich(DenseRows(R)).dense(), P(name, a @ r.T @ r @ a.T), dtype)
+
+
+@pytest.mark.parametrize("c", [1e-6, 1e-3, 1e3])
+@every_member
+def test_the_scale_of_the_rows_costs_no_accuracy(name, n, c):
+    """Gradients are smaller than the factors by many orders: their statistics must not drown in rounding."""
+    A, R, dtype = member(name, n), c * torch.randn(4 * n, n, dtype=F64), torch.float32
+    a, r = A.dense(), R
+    A, rows = A.to(dtype=dtype), DenseRows(R.to(dtype))
+    close(A.sandwich(rows).dense(), P(name, a.T @ r.T @ r @ a), dtype)
+    close(A.co_sandwich(rows).dense(), P(name, a @ r.T @ r @ a.T), dtype)
+    V, W = torch.randn(n, 3, dtype=F64), c * torch.randn(n, 3, dtype=F64)
+    pair = A.project_pair(V.float(), W.float()).dense()
+    close(pair, P(name, V @ W.T + W @ V.T), dtype, terms(V, W))
 
 
 @every_member

@@ -97,6 +97,17 @@ class StructuredMatrix(ABC):
         """P(A A^T)."""
         return self.project(self.dense())
 
+    def project_pair(self: Self, V: Tensor, W: Tensor) -> Self:
+        """P(V W^T + W V^T) for dense V and W, [n, m]."""
+        # By polarisation, as P is linear. Without equal norms the larger of the two squares would
+        # drown the product: V is often a factor and W a statistic that is smaller by many orders.
+        v, w = (torch.linalg.vector_norm(t, dim=0, dtype=wide(t)) for t in (V, W))
+        tiny = torch.finfo(v.dtype).tiny
+        balance = (w.clamp(min=tiny) / v.clamp(min=tiny)).sqrt()
+        V, W, dtype = V * balance, W / balance, V.dtype
+        P = self.project(V + W).mul_(0.5).add_(self.project(V - W), -0.5)
+        return P.to(dtype=dtype)
+
     def sandwich(self: Self, rows: RowsLike) -> Self:
         """P(A^T R^T R A) for rows R, [m, n]."""
         if rows.count == 0:  # an empty batch, which some libraries refuse to transform
@@ -270,6 +281,9 @@ class Transposed(StructuredMatrix):
 
     def project(self, Y: Tensor) -> Transposed:
         return Transposed(self.of.project(Y))
+
+    def project_pair(self, V: Tensor, W: Tensor) -> Transposed:
+        return Transposed(self.of.project_pair(V, W))
 
     def add_identity_(self, alpha: float | Tensor) -> Transposed:
         self.of.add_identity_(alpha)

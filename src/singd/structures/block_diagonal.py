@@ -52,6 +52,10 @@ class BlockDiagonal(StructuredMatrix):
         top, bottom = self._split(Y)
         return BlockDiagonal(top @ top.mT, bottom @ bottom.T)
 
+    def project_pair(self, V: Tensor, W: Tensor) -> BlockDiagonal:
+        products = (v @ w.mT for v, w in zip(self._split(V), self._split(W), strict=True))
+        return BlockDiagonal(*(N + N.mT for N in products))
+
     def trace(self) -> Tensor:
         dtype = wide(self.last)
         whole = self.blocks.diagonal(dim1=1, dim2=2).sum(dtype=dtype)

@@ -52,6 +52,10 @@ class Dense(StructuredMatrix):
     def project(self, Y: Tensor) -> Dense:
         return Dense(Y @ Y.T)
 
+    def project_pair(self, V: Tensor, W: Tensor) -> Dense:
+        N = V @ W.T
+        return Dense(N + N.T)
+
     def trace(self) -> Tensor:
         return self.a.diagonal().sum(dtype=wide(self.a))
 

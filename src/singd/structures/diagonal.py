@@ -37,6 +37,9 @@ class Diagonal(StructuredMatrix):
     def project(self, Y: Tensor) -> Diagonal:
         return Diagonal(Y.square().sum(1))
 
+    def project_pair(self, V: Tensor, W: Tensor) -> Diagonal:
+        return Diagonal(2 * (V * W).sum(1))
+
     def trace(self) -> Tensor:
         return self.d.sum(dtype=wide(self.d))
 

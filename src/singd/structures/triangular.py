@@ -63,6 +63,11 @@ class Upper(StructuredMatrix):
         top, bottom = self._split(Y)
         return Upper(self.A.project(top), 2 * (top @ bottom.T), self.D.project(bottom))
 
+    def project_pair(self, V: Tensor, W: Tensor) -> Upper:
+        (V1, V2), (W1, W2) = self._split(V), self._split(W)
+        B = 2 * (V1 @ W2.T + W1 @ V2.T)
+        return Upper(self.A.project_pair(V1, W1), B, self.D.project_pair(V2, W2))
+
     def trace(self) -> Tensor:
         return self.A.trace() + self.D.trace()
 
@@ -91,7 +96,7 @@ class Upper(StructuredMatrix):
         S = rows.tmm(R1.matrix())  # [n, k]
         S11B = S[:k] @ self.B
         X = S11B + self.D.tmm(S[k:]).T
-        second = _plus_symmetric(self.D.sandwich(R2), self.B, X - S11B / 2)
+        second = self.D.sandwich(R2).add_(self.D.project_pair(self.B.T, (X - S11B / 2).T))
         return Upper(self.A.sandwich(R1), 2 * self.A.tmm(X), second)
 
     def co_sandwich(self, rows: RowsLike) -> Upper:
@@ -105,7 +110,7 @@ class Upper(StructuredMatrix):
         S = rows.tmm(R2.matrix())  # [n, n - k]
         S22B = S[k:] @ self.B.T
         X = self.A.mm(S[:k]).T + S22B
-        first = _plus_symmetric(self.A.co_sandwich(R1), self.B.T, X - S22B / 2)
+        first = self.A.co_sandwich(R1).add_(self.A.project_pair(self.B, (X - S22B / 2).T))
         return Upper(first, 2 * self.D.mm(X).T, self.D.co_sandwich(R2))
 
     def add_identity_(self, alpha: float | Tensor) -> Upper:
@@ -124,13 +129,6 @@ class Upper(StructuredMatrix):
         return Upper(
             self.A.cogram() + self.A.project(self.B), 2 * self.D.mm(self.B.T).T, self.D.cogram()
         )
-
-
-def _plus_symmetric(H: StructuredMatrix, V: Tensor, W: Tensor) -> StructuredMatrix:
-    """H + P(V^T W + W^T V) for V and W, [k, n], by polarisation: P is linear, and given for Y Y^T."""
-    if not V.numel():
-        return H
-    return H.add_(H.project((V + W).T), 0.5).add_(H.project((V - W).T), -0.5)
 
 
 def lower(make: Callable[..., StructuredMatrix]) -> Callable[..., StructuredMatrix]:
