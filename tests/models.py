@@ -59,3 +59,13 @@ def train(model, optimizer, batches, loss_function=nn.functional.cross_entropy):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def assert_same(model, optimizer, twin, other, atol=0.0):
+    """Two runs ended with the same weights and the same factors."""
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            for a, b in zip(optimizer.factors(name), other.factors(name), strict=True):
+                torch.testing.assert_close(a.dense(), b.dense(), rtol=0, atol=atol)

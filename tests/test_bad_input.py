@@ -171,6 +171,28 @@ def test_a_bad_value_of_a_schedule_is_named_and_changes_nothing():
     )
 
 
+def test_a_bad_value_of_a_later_groups_schedule_changes_no_earlier_group():
+    model, batches = model_and_batches("mlp", steps=2)
+    optimizer = SINGD(
+        model,
+        [
+            {"params": model[0].parameters(), "lr_cov": 0.1},
+            {"params": model[4].parameters(), "lr_cov": lambda step: -1.0 if step else 0.1},
+        ],
+        T=1,
+    )
+    train(model, optimizer, batches[:1])
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=r"lr_cov\(1\) must be a finite number >= 0, got -1.0."):
+        train(model, optimizer, batches[1:])
+    after = optimizer.state_dict()["state"]
+    assert all(
+        torch.equal(torch.as_tensor(after[i][k]), torch.as_tensor(v))
+        for i, s in before.items()
+        for k, v in s.items()
+    )
+
+
 def test_layer_that_is_not_preconditioned():
     with pytest.raises(
         ValueError, match="SINGD doesn't precondition layer 'x'; choose from '0', '2', '4'."

@@ -31,9 +31,7 @@ class Block:
     bias: nn.Parameter | None = None  # the layer's, if it is part of the matrix
     group: dict[str, Any] = field(default_factory=dict)  # the param_group of the weight
     active: bool = False  # whether its weight was handed to the optimizer
-    frozen_shape: bool = (
-        False  # whether factors exist already, so that the bias cannot join any more
-    )
+    frozen_shape: bool = False  # whether factors exist, so that the bias cannot join any more
     _blueprints: dict[str, tuple[str, int, StructuredMatrix]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, StructuredMatrix]] = field(default_factory=dict)
     _products: dict[str, tuple[Tensor, DenseProduct]] = field(default_factory=dict)
@@ -50,6 +48,12 @@ class Block:
     def size(self) -> tuple[int, int]:
         """``(d_o, d_i)``, the bias column counted."""
         return self.kind.size(self.modules[0], self.bias is not None)
+
+    def gradient(self) -> Tensor:
+        """The gradient as one matrix, ``[d_o, d_i]``, with zeros for a parameter that has none."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        weight, *bias = (whole(g) for g in grads)
+        return self.kind.to_matrix(self.modules[0], weight, bias[0] if bias else None)
 
     def structures(self) -> dict[str, Any]:
         K, C = resolve(self.group["structures"])
@@ -110,22 +114,25 @@ class Slot:
         return self.module._parameters.get(self.attribute)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's model inside torch.compile's and DistributedDataParallel's wrappers."""
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that ``fully_shard`` spread over ranks, all of it (every rank must ask)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The user's model inside wrappers, and whether one of them averages gradients over processes.
+
+    The wrappers are those of torch.compile, DistributedDataParallel and DataParallel.
+    """
+    averages = False
     while True:
         if hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            averages |= isinstance(model, nn.parallel.DistributedDataParallel)
             model = model.module
         else:
-            return model
-
-
-def averages_gradients(model: nn.Module) -> bool:
-    """Whether a wrapper averages the gradients over processes."""
-    while hasattr(model, "_orig_mod"):
-        model = cast(nn.Module, model._orig_mod)
-    return isinstance(model, nn.parallel.DistributedDataParallel)
+            return model, averages
 
 
 def find_slots(model: nn.Module) -> list[Slot]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import options
-from singd.blocks import SIDES, Block
+from singd.blocks import Block
 
 if TYPE_CHECKING:
     from singd.optimizer import SINGD
@@ -140,16 +140,3 @@ def rewind(optimizer: SINGD) -> None:
 def state_bytes(state: Mapping[str, Any]) -> int:
     """Bytes of the tensors in a parameter's state."""
     return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
-
-
-__all__ = [
-    "FACTORS",
-    "SIDES",
-    "check",
-    "complete",
-    "is_rehearsal",
-    "pack",
-    "restore",
-    "rewind",
-    "state_bytes",
-]

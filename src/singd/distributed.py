@@ -104,11 +104,6 @@ def _dtype(block: Block) -> torch.dtype:
     return torch.promote_types(*(block.dtype(side) for side in SIDES))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of one that ``fully_shard`` spread over ranks, all of it (every rank must ask)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def placed_like(tensor: Tensor, param: Any) -> Tensor:
     """The part of a whole tensor that this rank keeps of ``param``; needs no communication."""
     if not hasattr(param, "full_tensor"):

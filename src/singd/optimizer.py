@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import checkpoint, distributed, options, report, scaler, torch_steps
-from singd.blocks import SIDES, Block, averages_gradients, find_blocks, find_slots, unwrapped
+from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
 from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
 from singd.update import Outer, moved_factor, natural_gradient, riemannian_momenta
@@ -126,17 +126,14 @@ class SINGD(torch.optim.Optimizer):
         )
         options.check_singd(defaults)
         self._fallback = options.fallback_options(fallback)
-        if average_gradients is None:
-            average_gradients = not averages_gradients(model)
-        self.average_gradients = average_gradients
-        model = unwrapped(model)
+        model, averaged = unwrapped(model)
+        self.average_gradients = not averaged if average_gradients is None else average_gradients
         self._slots = find_slots(model)
         self._blocks, self._reasons = find_blocks(model)
         self._names = {p: n for n, p in model.named_parameters()}
         self._statistics: dict[Block, Statistics] = {}
-        self._heard: set[Block] = (
-            set()
-        )  # those that statistics came from, or a warning was given for
+        # the blocks that statistics came from, or that a warning was given for
+        self._heard: set[Block] = set()
         self.grad_scaler = grad_scaler
         self.cache_products = cache_products
         if params is None:
@@ -343,13 +340,14 @@ class SINGD(torch.optim.Optimizer):
                 loss = closure()
         self._check_before_step()
         self._follow()
+        lr_covs = self._lr_covs()
         rehearsal = checkpoint.is_rehearsal(self)
         if distributed.world_size() > 1 and not rehearsal:
             self._exchange()
         directions: dict[nn.Parameter, Tensor] = {}
         for block in self._used_blocks():
             with without_autocast(block.weight.device):
-                directions.update(self._step_block(block))
+                directions.update(self._step_block(block, lr_covs.get(block, 0.0)))
         self._statistics.clear()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -360,6 +358,16 @@ class SINGD(torch.optim.Optimizer):
         if rehearsal:
             checkpoint.rewind(self)
         return loss
+
+    def _lr_covs(self) -> dict[Block, float]:
+        """The steps on the factors that are due: a schedule's bad value is seen before anything changes."""
+        return {
+            block: options.step_size(
+                block.group["lr_cov"], self.state.get(block.weight, {}).get("step", 0)
+            )
+            for block in self._blocks
+            if self._due(block.modules[0]) is block
+        }
 
     def _used_blocks(self) -> list[Block]:
         return [b for b in self._blocks if b.active and any(p.grad is not None for p in b.params)]
@@ -390,14 +398,14 @@ class SINGD(torch.optim.Optimizer):
         asking = sys._getframe(1).f_locals.get("self")
         return self.grad_scaler is None and isinstance(asking, torch.amp.GradScaler)
 
-    def _step_block(self, block: Block) -> dict[nn.Parameter, Tensor]:
+    def _step_block(self, block: Block, lr_cov: float) -> dict[nn.Parameter, Tensor]:
         state = self.state[block.weight]
         if "K" not in state:
             self._initialise(block, state)
         statistics = self._statistics.get(block)
         if state["step"] % block.group["T"] == 0:
             if statistics is not None:
-                self._update_factors(block, state, statistics)
+                self._update_factors(block, state, statistics, lr_cov)
             elif block not in self._heard and _has_some(block.weight.grad):
                 self._heard.add(block)
                 warnings.warn(
@@ -407,14 +415,9 @@ class SINGD(torch.optim.Optimizer):
                     stacklevel=4,
                 )
         state["step"] += 1
-        layer = block.modules[0]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.params]
-        grads = [distributed.whole(g) for g in grads]
-        bias_grad = grads[1] if block.bias is not None else None
-        dW = block.kind.to_matrix(layer, grads[0], bias_grad)
         K, C = (self._outer(block, side) for side in SIDES)
-        N = natural_gradient(K, C, dW)
-        weight, bias = block.kind.from_matrix(layer, N, block.bias is not None)
+        N = natural_gradient(K, C, block.gradient())
+        weight, bias = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
         parts = zip(block.params, (weight, bias), strict=False)
         return {p: distributed.placed_like(d.to(p.dtype), p) for p, d in parts if d is not None}
 
@@ -427,7 +430,9 @@ class SINGD(torch.optim.Optimizer):
             state["m_" + side] = torch.zeros_like(state[side])
         block.frozen_shape = True
 
-    def _update_factors(self, block: Block, state: dict[str, Any], statistics: Statistics) -> None:
+    def _update_factors(
+        self, block: Block, state: dict[str, Any], statistics: Statistics, lr_cov: float
+    ) -> None:
         group = block.group
         factors = [self._factor(block, key) for key in checkpoint.FACTORS]
         K, C, m_K, m_C = (F.to(dtype=accumulation_dtype(F.dtype)) for F in factors)
@@ -440,11 +445,7 @@ class SINGD(torch.optim.Optimizer):
             kfac_like=group["kfac_like"],
             weight=some,  # nothing finite was seen: stay
         )
-        step = {
-            "lr_cov": options.step_size(group["lr_cov"], state["step"]),
-            "normalize": group["normalize_lr_cov"],
-            "weight": some,
-        }
+        step = {"lr_cov": lr_cov, "normalize": group["normalize_lr_cov"], "weight": some}
         new = (moved_factor(K, new_m_K, **step), moved_factor(C, new_m_C, **step), new_m_K, new_m_C)
         for key, matrix in zip(checkpoint.FACTORS, new, strict=True):
             state[key] = matrix.to(dtype=state[key].dtype).flat()

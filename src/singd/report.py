@@ -7,8 +7,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from singd.blocks import Block, whole
 from singd.checkpoint import FACTORS, state_bytes
 from singd.update import natural_gradient
 
@@ -129,18 +129,15 @@ def _update_ratio(optimizer: SINGD, params: list[Any]) -> float:
         buffer = optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
         if buffer is None:
             return math.nan
-        updates.append(float(lr_of[p]) * float(buffer.norm()))
-        weights.append(float(p.norm()))
+        updates.append(float(lr_of[p]) * float(whole(buffer).norm()))
+        weights.append(float(whole(p).norm()))
     return math.hypot(*updates) / max(math.hypot(*weights), 1e-300)
 
 
-def _cosine(block: Any, factors: dict[str, Any]) -> float:
+def _cosine(block: Block, factors: dict[str, Any]) -> float:
     if any(p.grad is None for p in block.params):
         return math.nan
-    grads: list[Tensor | None] = [p.grad for p in block.params]
-    dW = block.kind.to_matrix(
-        block.modules[0], *(grads if block.bias is not None else [grads[0], None])
-    )
+    dW = block.gradient()
     N = natural_gradient(factors["K"], factors["C"], dW).double()
     dW = dW.double()
     return float((dW * N).sum() / (dW.norm() * N.norm()).clamp(min=1e-300))

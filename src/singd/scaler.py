@@ -21,9 +21,8 @@ def check(optimizer: SINGD) -> None:
         RuntimeError: If a scaler steps that SINGD was not built with, or if the one that it was built with
             does not.
     """
-    if (
-        getattr(optimizer, "found_inf", None) is not None
-    ):  # set by a scaler for the time of its step
+    found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler for the time of its step
+    if found_inf is not None:
         optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
         raise RuntimeError(
             "A GradScaler steps this optimizer without being known to it, so that its statistics would "

@@ -226,9 +226,7 @@ class Watch:
             adds = node
             # torch.func.functional_call lends a layer other weights for the time of a forward
             borrowed = weight.is_leaf and weight is not now
-            if hasattr(
-                now, "full_tensor"
-            ):  # FSDP is going to gather the weight of the forward again
+            if hasattr(now, "full_tensor"):  # FSDP will gather the forward's weight again
                 borrowed = False
             if hasattr(weight, "full_tensor"):  # FSDP gathers the weight only now
                 borrowed, adds = False, _accumulator(now)

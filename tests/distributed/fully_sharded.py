@@ -62,6 +62,10 @@ def run(name, first, policy=None, norm=False, **options):
             pairs = zip(optimizer.factors(layer), alone.factors(other), strict=True)
             differences += [(a.dense() - b.dense()).abs().max() for a, b in pairs]
             assert alone.factors(other).K.dense().std() > 0
+    if policy.param_dtype is None:  # the diagnostics see whole tensors
+        for line, expected in zip(optimizer.stats().values(), alone.stats().values(), strict=True):
+            for key in ("cosine", "update_ratio", "norm_K"):
+                differences.append(torch.tensor(abs(line[key] - expected[key])))
     return max(differences).item()
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models import model_and_batches
+from models import assert_same, model_and_batches
 from torch import nn
 
 from singd import SINGD
@@ -45,15 +45,6 @@ def plain_step(model, optimizer, batches, clip=None):
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-
-
-def assert_same(model, optimizer, twin, other, atol=0.0):
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=atol)
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            for a, b in zip(optimizer.factors(name), other.factors(name), strict=True):
-                torch.testing.assert_close(a.dense(), b.dense(), rtol=0, atol=atol)
 
 
 # -- a scaler, in float32, where a power of two as scale is exact --------------

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from models import model_and_batches, train
+from models import assert_same, model_and_batches, train
 from torch import nn
 
 from singd import SINGD
@@ -26,15 +26,6 @@ def pair(name="mlp", steps=3, batch=6, **options):
     twin = copy.deepcopy(model)
     options = {**FAST, **options}
     return model, SINGD(model, **options), twin, SINGD(twin, **options), batches
-
-
-def assert_same(model, optimizer, twin, other, atol=0.0):
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=atol)
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            for a, b in zip(optimizer.factors(name), other.factors(name), strict=True):
-                torch.testing.assert_close(a.dense(), b.dense(), rtol=0, atol=atol)
 
 
 # -- several backward passes ---------------------------------------------------
