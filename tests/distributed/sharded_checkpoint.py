@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from equal_one_process import alone_step
+from leaving import leave
 from models import model_and_batches
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -70,10 +71,7 @@ def main(what, folder):
                     p.mul_(2.0)  # nothing of what was here before may stay
             load(folder + name, model, optimizer)
             check(model, optimizer, batches[start:], twin, alone)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        print("resumed" if what == "resume" else "saved")
-    dist.destroy_process_group()
+    leave("resumed" if what == "resume" else "saved")
 
 
 def check(model, optimizer, batches, twin, alone):
