@@ -29,6 +29,15 @@ A claim
 
        two = 2
 
+.. list-table::
+   :header-rows: 1
+
+   * - name
+     - meaning
+   * - ``T``
+     - how
+       often
+
 After.
 """
 
@@ -87,6 +96,10 @@ two = 2
 ```
 
 </details>
+
+| name | meaning |
+| --- | --- |
+| `T` | how often |
 
 After."""
     )

@@ -84,10 +84,17 @@ def _rst(text: str) -> str:
         head = f"<details{QUOTE}<summary{QUOTE}{m.group(1).strip()}</summary{QUOTE}"
         return f"{head}\n\n{body}\n\n</details{QUOTE}\n"
 
+    def table(m: re.Match) -> str:
+        rows = re.split(r"^\* - ", textwrap.dedent(m.group(1)), flags=re.M)[1:]  # options before
+        cells = [[" ".join(c.split()) for c in re.split(r"^  - ", r, flags=re.M)] for r in rows]
+        cells.insert(1, ["---"] * len(cells[0]))
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
+
     block = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
     text = re.sub(r"^\.\. math::([^\n]*)" + block, math, text, flags=re.M)
     text = re.sub(rf"^\.\. ({ADMONITIONS})::([^\n]*)" + block, admonition, text, flags=re.M)
     text = re.sub(r"^\.\. dropdown::([^\n]*)" + block, dropdown, text, flags=re.M)
+    text = re.sub(r"^\.\. list-table::[^\n]*" + block, table, text, flags=re.M)
     text = re.sub(r"^\.\. code-block::([^\n]*)" + block, code, text, flags=re.M)
     text = re.sub(r":(?!math\b)([a-z]+(?::[a-z]+)?):`([^`]+)`", _role, text)
     text = re.sub(r"(?<!`)``(?!`)", "`", text)
