@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from singd.layers import LayerKind, find_kind
 from singd.options import dtypes, resolve
+from singd.products import symmetric
 from singd.structures import Dense, DenseProduct, StructuredMatrix
 
 SIDES = ("K", "C")
@@ -94,7 +95,7 @@ class Block:
             return matrix
         known = self._products.get(key)
         if known is None or known[0] is not flat:  # every update makes a new tensor
-            known = (flat, DenseProduct(matrix.a @ matrix.a.T))
+            known = (flat, DenseProduct(symmetric(matrix.a, matrix.a.T)))
             self._products[key] = known
         return known[1]
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from singd.products import symmetric
+
 
 class Rows(ABC):
     """A matrix A [m, d] that answers questions about A^T A.
@@ -33,7 +35,7 @@ class Rows(ABC):
     def gram(self) -> Tensor:
         """A^T A, [d, d]."""
         A = self.matrix()
-        return A.T @ A
+        return symmetric(A.T, A)
 
     def squares(self) -> Tensor:
         """The diagonal of A^T A, [d]: the sums of squares of the columns."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd.products import halving_pays, symmetric
 from singd.structures.base import RowsLike, StructuredMatrix, wide
 
 
@@ -50,7 +51,7 @@ class Dense(StructuredMatrix):
         return Dense(self.a @ other.a)
 
     def project(self, Y: Tensor) -> Dense:
-        return Dense(Y @ Y.T)
+        return Dense(symmetric(Y, Y.T))
 
     def project_pair(self, V: Tensor, W: Tensor) -> Dense:
         N = V @ W.T
@@ -64,22 +65,23 @@ class Dense(StructuredMatrix):
         return self
 
     def outer(self, X: Tensor) -> Tensor:
-        if X.shape[1] > self.n:  # one product with the wide X instead of two
-            return (self.a @ self.a.T) @ X
+        # One product with a wide X instead of two, if A A^T itself costs less than the second.
+        cost = self.n / 2 if halving_pays(self.n, self.n, X.device) else self.n
+        if X.shape[1] > cost:
+            return symmetric(self.a, self.a.T) @ X
         return self.a @ (self.a.T @ X)
 
     def gram(self) -> Dense:
-        return Dense(self.a.T @ self.a)
+        return Dense(symmetric(self.a.T, self.a))
 
     def cogram(self) -> Dense:
-        return Dense(self.a @ self.a.T)
+        return Dense(symmetric(self.a, self.a.T))
 
     def sandwich(self, rows: RowsLike) -> Dense:
-        if rows.count <= 2 * self.n:
-            return self.project(self.a.T @ rows.matrix().T)  # 2 m n^2 multiplications
-        return Dense(
-            self.a.T @ (rows.gram() @ self.a)
-        )  # m n^2 + 2 n^3, or less where rows are lazy
+        # With halves 1.5 m n^2 multiplications, or m n^2 / 2 + 1.5 n^3 and less where rows are lazy.
+        if rows.count <= 1.5 * self.n:
+            return self.project(self.a.T @ rows.matrix().T)
+        return Dense(symmetric(self.a.T, rows.gram() @ self.a))
 
     def co_sandwich(self, rows: RowsLike) -> Dense:
         return Dense(self.a.T).sandwich(rows)
