@@ -25,7 +25,7 @@ def loss_of(output, target, average):
     return nn.functional.cross_entropy(output, target)
 
 
-def run(name, wrapper, shares, parts=1, **options):
+def run(name, wrapper, shares, parts=1, shard_factors=False, **options):
     """Train both; return the largest difference of a weight, and of K of the last layer."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = sum(shares)
@@ -35,6 +35,7 @@ def run(name, wrapper, shares, parts=1, **options):
 
     alone = SINGD(twin, average_gradients=False, **LR, **options)
     alone_step(alone, twin, batches, average)
+    options["shard_factors"] = shard_factors
 
     if wrapper == "ddp":
         trained = DistributedDataParallel(model)
@@ -108,7 +109,7 @@ def cases():
             )  # fmt: skip
 
 
-def a_layer_that_one_rank_does_not_use():
+def a_layer_that_one_rank_does_not_use(**options):
     """Rank 1 skips the middle layer; all ranks end with the same weights and factors."""
 
     class Skipping(nn.Module):
@@ -124,7 +125,7 @@ def a_layer_that_one_rank_does_not_use():
         torch.manual_seed(0)
         model = Skipping()
         trained = DistributedDataParallel(model, find_unused_parameters=True) if wrapped else model
-        optimizer = SINGD(trained, T=1, lr=0.05, lr_cov=0.2)
+        optimizer = SINGD(trained, T=1, lr=0.05, lr_cov=0.2, **options)
         for _ in range(3):
             optimizer.zero_grad()
             trained(torch.randn(4, 6)).square().mean().backward()

@@ -68,10 +68,10 @@ def killed():
     """Rank 1 dies in its third step, before it exchanges anything; rank 0 says so."""
     model, batches = model_and_batches("mlp", steps=4, batch=6)
     optimizer = SINGD(DistributedDataParallel(model), T=1)
-    reduce = distributed.reduce_statistics
+    reduce = distributed.Reduction
     for i, (x, y) in enumerate(batches):
         if i == 2 and dist.get_rank() == 1:
-            distributed.reduce_statistics = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            distributed.Reduction = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         try:
@@ -79,7 +79,7 @@ def killed():
         except RuntimeError as error:
             print(f"after {i} steps: {error}", flush=True)
             os._exit(3)
-    distributed.reduce_statistics = reduce
+    distributed.Reduction = reduce
     print("nothing happened")
 
 

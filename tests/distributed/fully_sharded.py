@@ -28,7 +28,7 @@ def sharded(model, policy):
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def run(name, first, policy=None, norm=False, **options):
+def run(name, first, policy=None, norm=False, shard_factors=False, **options):
     """Train both; return the largest difference of a weight or a factor."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     shares = [2, 6, 3, 5][:ranks]
@@ -39,6 +39,7 @@ def run(name, first, policy=None, norm=False, **options):
     options = {**OPTIONS, **options}
     alone = SINGD(twin, average_gradients=False, **options)
     alone_step(alone, twin, batches, "batch")
+    options["shard_factors"] = shard_factors
 
     policy = policy or MixedPrecisionPolicy()
     if first == "optimizer":

@@ -42,6 +42,15 @@ def test_two_processes_equal_one():
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+def test_shared_out_factors_change_nothing_but_the_memory(processes):
+    done = torchrun("shard_factors.py", processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, measured, counted = done.stdout.splitlines()
+    assert int(counted.split()[0]) > 50
+    print(measured)  # of factors, in bytes
+
+
+@pytest.mark.parametrize("processes", [2, 4])
 def test_fully_sharded_models_equal_one_process(processes):
     done = torchrun("fully_sharded.py", processes)
     assert done.returncode == 0, done.stderr[-3000:]
