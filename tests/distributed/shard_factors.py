@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from equal_one_process import LR, a_layer_that_one_rank_does_not_use, run
 from fully_sharded import run as run_fully_sharded
+from leaving import leave
 from models import MODELS, model_and_batches
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -209,10 +210,7 @@ def main():
     factors_in_other_dtypes()
     a_new_T_holds_a_step_later()
     memory_falls_with_the_ranks()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        print(f"{count} cases equal")
-    dist.destroy_process_group()
+    leave(f"{count} cases equal")
 
 
 if __name__ == "__main__":
