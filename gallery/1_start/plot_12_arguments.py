@@ -286,6 +286,9 @@ for name in ("normalize_lr_cov", "preconditioner_dtype"):
 #    * - ``average_gradients``
 #      - whether ``step`` averages over processes
 #      - :ref:`sphx_glr_auto_gallery_2_features_plot_28_several_processes.py`
+#    * - ``shard_factors``
+#      - each process keeps the factors of its share of the layers
+#      - :ref:`sphx_glr_auto_gallery_2_features_plot_28_several_processes.py`
 #    * - ``params``
 #      - groups with options of their own
 #      - :doc:`/api`
@@ -308,7 +311,7 @@ for name in ("normalize_lr_cov", "preconditioner_dtype"):
 # Is any argument missing?
 
 others = ("model", "params", "structures", "fallback", "warn_unsupported")
-others += ("grad_scaler", "average_gradients")
+others += ("grad_scaler", "average_gradients", "shard_factors")
 assert {*inspect.signature(SINGD).parameters} == {*SWEEPS, *SWITCHES, *others}
 
 # %%
