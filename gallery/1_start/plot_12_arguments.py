@@ -294,7 +294,7 @@ for name in ("normalize_lr_cov", "preconditioner_dtype"):
 #      - :doc:`/api`
 #    * - ``fallback``, ``warn_unsupported``
 #      - AdamW's options for all other parameters, or leave them out
-#      - :ref:`sphx_glr_auto_gallery_1_start_plot_11_replace_adamw.py`
+#      - :ref:`sphx_glr_auto_gallery_2_features_plot_20_outside_layers.py`
 #    * - ``lr_cov``
 #      - may be a function of the step count
 #      - :doc:`/choosing`
