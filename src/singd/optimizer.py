@@ -479,6 +479,7 @@ class SINGD(torch.optim.Optimizer):
         new = (moved_factor(K, new_m_K, **step), moved_factor(C, new_m_C, **step), new_m_K, new_m_C)
         for key, matrix in zip(checkpoint.FACTORS, new, strict=True):
             state[key] = matrix.to(dtype=state[key].dtype).flat()
+        block._views.clear()  # they would keep the old momenta's memory until the next update
         state["last_update"] = state["step"]
 
     # -- checkpoints and copies ----------------------------------------------------------------------

@@ -45,7 +45,8 @@ class UpperToeplitz(StructuredMatrix):
         return _convolve(self.t, X)
 
     def compose(self, other: UpperToeplitz) -> UpperToeplitz:
-        return UpperToeplitz(_convolve(self.t, other.t[:, None])[:, 0])
+        product = _convolve(self.t, other.t[:, None])[:, 0]
+        return UpperToeplitz(product.clone())  # not a view that keeps the transform's length alive
 
     def project(self, Y: Tensor) -> UpperToeplitz:
         Y = Y.to(wide(Y))
