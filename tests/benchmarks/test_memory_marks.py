@@ -1,0 +1,48 @@
+"""What the structures promise of memory, in exact bytes."""
+
+import contenders
+import pytest
+import torch
+from marks import STATE_SHARE
+from memory import kept_bytes, layer_state
+from timing import Contender
+from workloads import WORKLOADS
+
+import singd
+
+LIGHT = ("diagonal", "triltoeplitz", "triutoeplitz")
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_structures_keep_half_of_what_adamw_keeps(name):
+    (contender,) = contenders.ours(10, [name])
+    _, state, adamw = layer_state(contender, WORKLOADS["vit"])
+    assert state <= STATE_SHARE * adamw
+    # the position embedding and the norms are AdamW's with either optimizer
+    everything = kept_bytes(contender, WORKLOADS["vit"])
+    (whole,) = (c for c in contenders.others() if c.name == "AdamW")
+    rest = sum(
+        p.numel()
+        for n, p in WORKLOADS["vit"].model().named_parameters()
+        if "norm" in n or n == "position"
+    )
+    assert everything - state == pytest.approx(8 * rest, abs=8 * 20)  # and counts of steps
+    assert everything < 0.52 * kept_bytes(whole, WORKLOADS["vit"])
+
+
+@pytest.mark.parametrize("name", ["dense", "diagonal", "block30diagonal", "triltoeplitz"])
+def test_bfloat16_halves_the_factors(name):
+    half = contenders.singd_of(singd.SINGD, name, 1, preconditioner_dtype=torch.bfloat16)
+    (plain,) = contenders.ours(1, [name])
+    factors = layer_state(plain, WORKLOADS["vit"])[0]
+    assert factors > 0
+    assert layer_state(Contender(name, half), WORKLOADS["vit"])[0] == factors / 2
+
+
+def test_nothing_but_the_state_is_kept_between_updates():
+    contender = contenders.without_cache()
+    _, state, _ = layer_state(contender, WORKLOADS["mlp"])
+    assert kept_bytes(contender, WORKLOADS["mlp"]) == state
+    (cached,) = contenders.ours(10, ["dense"])
+    products = sum(4 * d**2 for d in (785, 1024, 1025, 1024, 1025, 10))
+    assert kept_bytes(cached, WORKLOADS["mlp"]) == state + products
