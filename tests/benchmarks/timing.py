@@ -142,6 +142,8 @@ def interleaved(
         partner.iterate()
     runs = {c.name: Run(c, Training(c, workload)) for c in contenders}
     slow, partners = set(), []
+    gc.collect()
+    gc.freeze()  # what torch holds need not be looked through before every turn
     for done, run in enumerate(runs.values()):
         show(f"warm-up {done + 1} of {len(runs)}: {run.contender.name}")
         partners += run.turn(partner, 1)
@@ -164,6 +166,7 @@ def interleaved(
                 continue
             gc.collect()
             partners += run.turn(partner, max(3, run.contender.period), pair_every=2)
+    gc.unfreeze()
     return runs, partners
 
 
@@ -181,7 +184,7 @@ def median_seconds(work: Callable[[], object], *, least: float = 0.05, repeats: 
     return statistics.median(times[1:] or times)
 
 
-def product_rate(n: int = 2048) -> float:
+def product_rate(n: int = 2048, least: float = 1.0) -> float:
     """Floating-point operations per CPU second of one large float32 matrix product."""
     a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n**3 / median_seconds(lambda: a @ b, least=1.0)
+    return 2 * n**3 / median_seconds(lambda: a @ b, least=least)
