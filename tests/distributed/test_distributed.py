@@ -1,35 +1,8 @@
 """Several processes on this machine, started by torchrun on the loopback interface."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
-
-HERE = pathlib.Path(__file__).parent
-PATH = os.pathsep.join(str(p) for p in (HERE.parent.parent / "src", HERE.parent))
-
-
-def torchrun(script, processes, *arguments, timeout=100):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": PATH,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command += [f"--nproc-per-node={processes}", str(HERE / script), *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, timeout=timeout, capture_output=True, text=True, check=False
-    )
+from launch import torchrun
 
 
 @pytest.mark.skipif(
