@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from launch import MARK, others_can_connect, processes_of
+from leaving import leave
 from models import model_and_batches
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -167,8 +168,7 @@ def main(wrapper, death, folder):
     end = torch.utils._pytree.tree_map(lambda t: getattr(t, "full_tensor", lambda: t)(), end)
     if rank == 0:
         torch.save(end, pathlib.Path(folder, "end.pt"))
-        print("finished", flush=True)
-    dist.destroy_process_group()
+    leave("finished")
 
 
 if __name__ == "__main__":
