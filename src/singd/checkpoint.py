@@ -141,6 +141,8 @@ def rewind(optimizer: SINGD) -> None:
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = state["step"] * 0
+        if "last_update" in state:
+            state["last_update"] = -1
         if "momentum_buffer" in state:  # it holds the weight decay already
             state["momentum_buffer"].zero_()
 
