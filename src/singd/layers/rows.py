@@ -164,7 +164,12 @@ class DenseRows(Rows):
         return tuple(range(self._rows.ndim - 1))
 
     def squares(self) -> Tensor:
-        return self._rows.square().sum(self._leading)
+        rows = self._rows
+        if rows.ndim == 3 and rows.stride(-2) == 1:  # [B, positions, d] of a convolution
+            # one pass along contiguous positions, where square and sum would make a tensor between them
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=wide(rows.dtype))
+            return norms.square().sum(0).to(rows.dtype)
+        return rows.square().sum(self._leading)
 
     def sums(self) -> Tensor:
         return self._rows.sum(self._leading)
