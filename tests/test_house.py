@@ -42,7 +42,7 @@ ALLOWED = {
     "layers": {"layers", "products"},
     "update.py": set(),
     "options.py": {"structures"},
-    "blocks.py": {"structures", "layers", "options", "products"},
+    "blocks.py": {"structures", "layers", "options"},
     "statistics.py": {"blocks"},
 }
 

@@ -11,8 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from singd.layers import LayerKind, find_kind
 from singd.options import dtypes, resolve
-from singd.products import symmetric
-from singd.structures import Dense, DenseProduct, StructuredMatrix
+from singd.structures import OuterProduct, StructuredMatrix
 
 SIDES = ("K", "C")
 
@@ -35,7 +34,9 @@ class Block:
     frozen_shape: bool = False  # whether factors exist, so that the bias cannot join any more
     _blueprints: dict[str, tuple[str, int, StructuredMatrix]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, StructuredMatrix]] = field(default_factory=dict)
-    _products: dict[str, tuple[Tensor, DenseProduct]] = field(default_factory=dict)
+    _products: dict[str, tuple[Tensor, OuterProduct | StructuredMatrix]] = field(
+        default_factory=dict
+    )
 
     @property
     def name(self) -> str:
@@ -88,14 +89,14 @@ class Block:
             self._views[key] = known
         return known[1]
 
-    def product(self, key: str, flat: Tensor) -> DenseProduct | StructuredMatrix:
+    def product(self, key: str, flat: Tensor) -> OuterProduct | StructuredMatrix:
         """K K^T (or C C^T) where it is worth keeping between updates, else the factor itself."""
         matrix = self.view(key, flat)
-        if not isinstance(matrix, Dense) or self.group["T"] == 1:
+        if self.group["T"] == 1:
             return matrix
         known = self._products.get(key)
         if known is None or known[0] is not flat:  # every update makes a new tensor
-            known = (flat, DenseProduct(symmetric(matrix.a, matrix.a.T)))
+            known = (flat, matrix.outer_product() or matrix)
             self._products[key] = known
         return known[1]
 

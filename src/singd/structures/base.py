@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from singd.structures import picture
+from singd.structures.border import Border
 
 Self = TypeVar("Self", bound="StructuredMatrix")
 
@@ -28,6 +29,18 @@ class RowsLike(Protocol):
     def mm(self, Y: Tensor) -> Tensor: ...
     def tmm(self, Y: Tensor) -> Tensor: ...
     def narrow(self, start: int, stop: int) -> RowsLike: ...
+
+
+@dataclass(eq=False)
+class OuterProduct:
+    """A A^T, formed once for many products: half their cost, for about as many numbers again as A has."""
+
+    multiply: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+
+    def outer(self, X: Tensor) -> Tensor:
+        """A A^T X for a dense X, [n, m]."""
+        return self.multiply(X)
 
 
 @dataclass(eq=False, repr=False)
@@ -89,6 +102,10 @@ class StructuredMatrix(ABC):
         """A^T A X for a dense X, [n, m]."""
         return self.tmm(self.mm(X))
 
+    def outer_product(self) -> OuterProduct | None:
+        """A A^T to keep for many products, or None where that gains nothing."""
+        return None
+
     def gram(self: Self) -> Self:
         """P(A^T A)."""
         return self.project(self.tmm(self._identity()))
@@ -129,6 +146,22 @@ class StructuredMatrix(ABC):
 
     def __matmul__(self, other: Any) -> Any:
         return self.mm(other) if isinstance(other, Tensor) else self.compose(other)
+
+    # -- a border of dense rows around a diagonal --------------------------------------------------------
+
+    def border(self, transposed: bool = False) -> Border | None:
+        """The matrix (or its transpose) as a diagonal with dense rows, or None if it is of another form."""
+        return None
+
+    def with_border(self: Self, border: Border, transposed: bool, off: float = 1.0) -> Self:
+        """The member of this structure with these rows; the inverse of ``border``.
+
+        Args:
+            border: A diagonal and rows at the places of this matrix' own.
+            transposed: Whether they are those of the transpose.
+            off: A factor for the blocks off the diagonal: 2 makes of N the projection P(N).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no border.")
 
     # -- a vector space, number by number ----------------------------------------------------------------
 
@@ -295,6 +328,10 @@ class Transposed(StructuredMatrix):
     def co_outer(self, X: Tensor) -> Tensor:
         return self.of.outer(X)
 
+    def outer_product(self) -> OuterProduct | None:
+        form = self.border()
+        return None if form is None else OuterProduct(form.cogram().symmetric_mm, form.d.dtype)
+
     def sandwich(self, rows: RowsLike) -> Transposed:
         return Transposed(self.of.co_sandwich(rows))
 
@@ -309,6 +346,12 @@ class Transposed(StructuredMatrix):
 
     def trace(self) -> Tensor:
         return self.of.trace()
+
+    def border(self, transposed: bool = False) -> Border | None:
+        return self.of.border(not transposed)
+
+    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Transposed:
+        return Transposed(self.of.with_border(border, not transposed, off))
 
 
 def wide(t: Tensor) -> torch.dtype:

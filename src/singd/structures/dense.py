@@ -9,22 +9,8 @@ import torch
 from torch import Tensor
 
 from singd.products import halving_pays, symmetric
-from singd.structures.base import RowsLike, StructuredMatrix, wide
-
-
-@dataclass(eq=False)
-class DenseProduct:
-    """A A^T of a dense A, formed once for many products: half their cost, for n^2 more numbers."""
-
-    product: Tensor  # [n, n]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.product.dtype
-
-    def outer(self, X: Tensor) -> Tensor:
-        """A A^T X for a dense X, [n, m]."""
-        return self.product @ X
+from singd.structures.border import Border
+from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, wide
 
 
 @dataclass(eq=False, repr=False)
@@ -88,6 +74,16 @@ class Dense(StructuredMatrix):
 
     def dense(self) -> Tensor:
         return self.a
+
+    def outer_product(self) -> OuterProduct:
+        return OuterProduct(self.cogram().mm, self.dtype)
+
+    def border(self, transposed: bool = False) -> Border:
+        rows = self.a.T if transposed else self.a
+        return Border(self.a.new_zeros(self.n), rows, [(0, self.n)])
+
+    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Dense:
+        return Dense(border.R.T if transposed else border.R)
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.a, dtype=wide(self.a))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from singd.structures.border import Border
 from singd.structures.base import RowsLike, StructuredMatrix, wide
 
 
@@ -61,6 +62,12 @@ class Diagonal(StructuredMatrix):
 
     def co_sandwich(self, rows: RowsLike) -> Diagonal:
         return self.sandwich(rows)
+
+    def border(self, transposed: bool = False) -> Border:
+        return Border(self.d, self.d.new_zeros(0, self.n), [])
+
+    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Diagonal:
+        return Diagonal(border.d)
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.d, dtype=wide(self.d))
