@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from singd.products import halving_pays, symmetric
-from singd.structures.border import Border
 from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, wide
+from singd.structures.border import Border
 
 
 @dataclass(eq=False, repr=False)

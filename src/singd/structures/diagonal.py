@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.border import Border
 from singd.structures.base import RowsLike, StructuredMatrix, wide
+from singd.structures.border import Border
 
 
 @dataclass(eq=False, repr=False)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.border import Border
 from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, Transposed
+from singd.structures.border import Border
 from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 
