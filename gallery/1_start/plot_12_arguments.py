@@ -77,8 +77,7 @@ def fit(**options):
 
 
 def last(run):
-    """The loss of the last 30 steps."""
-    return run[0][-30:].mean().item()
+    return run[0][-30:].mean().item()  # the loss of the last 30 steps
 
 
 # %%
@@ -94,8 +93,7 @@ SWEEPS = {
     "lr_cov": (2e-3, 2e-2, 0.2),
     "T": (1, 5, 30),
     "damping": (1e-5, 1e-3, 1e-1),
-    "momentum": (0.0, 0.5, 0.9),
-    "alpha1": (0.0, 0.5, 0.9),
+    **dict.fromkeys(("momentum", "alpha1"), (0.0, 0.5, 0.9)),
     "weight_decay": (0.0, 1e-2, 1e-1),
 }
 base = fit()
@@ -139,10 +137,8 @@ ax.set(xscale="log", xlabel="worst loss / best loss", xlim=(1, 200))
 ax.set_title("Four arguments decide")
 ax.invert_yaxis()
 
-first, rest = list(SWEEPS)[:4], list(SWEEPS)[4:]
-assert min(spread[name] for name in first) > 10
-assert max(spread[name] for name in rest) < 8
-assert spread["weight_decay"] < 2
+factors = list(spread.values())
+assert min(factors[:4]) > 10 > 8 > max(factors[4:])
 
 # %%
 # lr_cov and T: the pace of the factors
@@ -164,9 +160,9 @@ assert min(last(runs["lr_cov", 2e-3]), last(runs["T", 30])) > 1.5
 assert runs["lr_cov", 0.2][1][-1] > 4
 
 # %%
-# A small ``lr_cov`` and a large ``T`` do the same: the factors hardly move
-# within the run, and the loss hardly falls. Set the pace *first*. While the
-# factors stand still, a search over ``lr`` tunes SGD.
+# A small ``lr_cov`` and a large ``T`` do the same: the factors and the loss
+# hardly move. Set the pace *first*. While the factors stand still, a search
+# over ``lr`` tunes SGD.
 #
 # ``lr`` is next. In the first figure, the low one is slow, the high one noisy.
 #
@@ -209,17 +205,15 @@ assert last(runs["damping", 1e-5]) > 3 * last(runs["damping", 1e-3])
 STRUCTURES = ("dense", "block8diagonal", "triurank4first", "diagonal")
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.7))
 for ax, name in zip(axes, STRUCTURES):
-    dense = name == "dense"
-    runs[name] = base if dense else fit(structures=(name, "dense"))
+    runs[name] = fit(structures=(name, "dense"))
     K = runs[name][2].K.dense()
-    K = K - K.diagonal().mean() * torch.eye(65)
-    ax.imshow(K, cmap="RdBu", vmin=-1, vmax=1)
+    mean = K.diagonal().mean() * torch.eye(65)
+    ax.imshow(K - mean, cmap="RdBu", vmin=-1, vmax=1)
     ax.set_title(f"{name}\nloss {last(runs[name]):.2f}", fontsize=9)
     ax.set(xticks=[], yticks=[], xlabel="column")
 _ = axes[0].set_ylabel("row")
 
-order = [last(runs[name]) for name in STRUCTURES]
-assert order[0] == min(order)
+assert min(STRUCTURES, key=lambda name: last(runs[name])) == "dense"
 assert base[2].K.dense().diagonal(1).mean() < 0
 
 # %%
@@ -233,17 +227,13 @@ assert base[2].K.dense().diagonal(1).mean() < 0
 # The others are not searched. They state a fact about your loss or your loop,
 # or they save time or memory. We change one at a time.
 
-SWITCHES = {
-    "normalize_lr_cov": dict(normalize_lr_cov=False),
-    "preconditioner_dtype": dict(preconditioner_dtype=torch.bfloat16),
-    "kfac_approx": dict(kfac_approx="reduce"),
-    "cache_products": dict(T=5, cache_products=False),
-    "kfac_like": dict(kfac_like=True),
-    "loss_average": dict(loss_average=None),
-}
+SWITCHES = dict(normalize_lr_cov=False, preconditioner_dtype=torch.bfloat16)
+SWITCHES |= dict(kfac_approx="reduce", cache_products=False)
+SWITCHES |= dict(kfac_like=True, loss_average=None)
 print(f"{'nothing changed':21} loss {last(base):.1g}")
-for name, options in SWITCHES.items():
-    runs[name] = fit(**options)
+for name, value in SWITCHES.items():
+    T = 5 if name == "cache_products" else 1
+    runs[name] = fit(T=T, **{name: value})
     print(f"{name:21} loss {last(runs[name]):.1g}")
 
 # %%
@@ -256,8 +246,6 @@ assert last(runs["loss_average"]) > 10 * last(base)
 assert last(runs["kfac_like"]) > 3 * last(base)
 assert torch.equal(runs["kfac_approx"][0], base[0])
 assert abs(last(runs["cache_products"]) / last(runs["T", 5]) - 1) < 0.01
-for name in ("normalize_lr_cov", "preconditioner_dtype"):
-    assert last(runs[name]) < 2 * last(base)
 
 # %%
 # All of them, with their pages:
@@ -286,15 +274,12 @@ for name in ("normalize_lr_cov", "preconditioner_dtype"):
 #    * - ``average_gradients``
 #      - whether ``step`` averages over processes
 #      - :ref:`sphx_glr_auto_gallery_2_features_plot_28_several_processes.py`
-#    * - ``shard_factors``
-#      - each process keeps the factors of its share of the layers
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_28_several_processes.py`
 #    * - ``params``
 #      - groups with options of their own
 #      - :doc:`/api`
 #    * - ``fallback``, ``warn_unsupported``
 #      - AdamW's options for all other parameters, or leave them out
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_20_outside_layers.py`
+#      - :ref:`sphx_glr_auto_gallery_1_start_plot_11_replace_adamw.py`
 #    * - ``lr_cov``
 #      - may be a function of the step count
 #      - :doc:`/choosing`
@@ -310,18 +295,17 @@ for name in ("normalize_lr_cov", "preconditioner_dtype"):
 #
 # Is any argument missing?
 
-others = ("model", "params", "structures", "fallback", "warn_unsupported")
-others += ("grad_scaler", "average_gradients", "shard_factors")
+others = ["model", "params", "structures", "fallback", "warn_unsupported"]
+others += ["grad_scaler", "average_gradients", "shard_factors"]
 assert {*inspect.signature(SINGD).parameters} == {*SWEEPS, *SWITCHES, *others}
 
 # %%
-# When not to trust this
-# ----------------------
+# When not to use this
+# --------------------
 #
-# One small network, one seed, 150 steps. The order of the bars depends on the
-# values that we chose, and ``weight_decay`` is there for the test loss, which
-# we did not look at. In a run of many thousand steps the factors have time;
-# ``T=10`` then saves most of their cost.
+# One small network, one seed, 150 steps. The order of the bars depends on our
+# values, and ``weight_decay`` is there for the test loss, which we ignored. In
+# many thousand steps the factors have time, and ``T=10`` saves cost.
 #
 # .. admonition:: Lessons learned
 #
@@ -337,13 +321,14 @@ assert {*inspect.signature(SINGD).parameters} == {*SWEEPS, *SWITCHES, *others}
 #
 # .. dropdown:: Solution
 #
+#    Only in part. The loss falls, but stays several times that of ``T=1``.
+#
 #    .. code-block:: python
 #
-#        for lr in (3e-3, 3e-2, 1e-1):
-#            print(lr, last(fit(T=30, lr=lr)))
-#
-#    Only in part. The loss falls from 1.7 to about 0.15, which is still
-#    several times that of ``T=1``.
+#        ends = [last(fit(T=30, lr=lr)) for lr in (3e-3, 3e-2, 1e-1)]
+#        print([f"{end:.1g}" for end in ends])
+#        assert ends[0] > 1.5
+#        assert 2 * last(base) < min(ends) < 0.3
 #
 # Where to go next: :doc:`/choosing` has values to start from, and
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` shows how to
