@@ -185,7 +185,7 @@ for damping, color in zip(SWEEPS["damping"], ("C7", "C0", "C1")):
     ax.axhline(1 / damping, color=color, linestyle="--", linewidth=1)
 ax.set(yscale="log", xlabel="index of the eigenvalue", ylabel="eigenvalue")
 ax.set_title("Damping bounds what the factors can amplify")
-ax.legend(loc="lower left")
+_ = ax.legend(loc="lower left")
 
 # %%
 # With 0.001 or more, most directions sit at the ceiling: ``damping`` sets the

@@ -120,10 +120,9 @@ fig, ax = plt.subplots(figsize=(7, 1.9))
 for name, (singd, adamw) in numbers.items():
     ax.barh(name, singd, color="C0", label="SINGD")
     ax.barh(name, adamw, left=singd, color="C1", label="AdamW (fallback)")
-ax.set(xlabel="numbers in the parameters")
+ax.set(xlabel="numbers in the parameters", ylim=(-0.5, 2.4))
 ax.set_title("A fused layer keeps its matrices from SINGD")
 ax.legend(*(pair[:2] for pair in ax.get_legend_handles_labels()), ncols=2)
-ax.set_ylim(-0.5, 2.4)
 
 before, after = (adamw / (s + adamw) for s, adamw in numbers.values())
 assert before > 0.5
@@ -271,11 +270,13 @@ assert "choose sparse=False" in message
 #
 #    .. code-block:: python
 #
-#        model = Attention()
+#        model, refusal = Attention(), ""
 #        try:
 #            SINGD(model, model.parameters(), fallback=None)
 #        except ValueError as error:
-#            print(error)
+#            refusal = str(error)
+#        print(refusal)
+#        assert "position" in refusal
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_2_features_plot_27_weight_sharing.py` explains

@@ -139,7 +139,7 @@ ax.plot(range(STOP, STEPS), second, color="C1", label="resumed")
 ax.axvline(STOP, color="C7", linestyle=":")
 ax.set(xlabel="step", ylabel="training loss", yscale="log")
 ax.set_title("A resumed run is the same run")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # **Before you run on:** a part of the checkpoint gets lost. Does the run find
@@ -167,7 +167,7 @@ for (name, losses), color in zip(others.items(), ("C2", "C3")):
 ax.plot(steps, [0.0] * len(second), color="C1", label="the whole checkpoint")
 ax.set(xlabel="step", ylabel="difference of the losses")
 ax.set_title("Only the whole checkpoint resumes the run")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # Both are another run from then on. Without the optimizer's state the factors

@@ -106,7 +106,7 @@ ax.barh(list(rounding), list(rounding.values()), color="C0")
 ax.axvline(2.2e-16, color="C7", linestyle="--", label="one rounding")
 ax.set(xscale="log", xlim=(1e-17, 1), xlabel="difference to the whole batch")
 ax.set_title("Every split gives the same run")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # After twelve steps, factors and weights differ by rounding only. This also

@@ -137,7 +137,7 @@ ax.plot(losses, linewidth=5, alpha=0.4, label="one process")
 ax.plot(losses_2, "--", label="two processes, 48 and 16 samples")
 ax.set(xlabel="step", ylabel="loss on all digits")
 ax.set_title("Two processes train as one")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # In double precision nothing but rounding differs. (Equal losses are drawn

@@ -192,7 +192,7 @@ ax.set(
     ylabel="share",
     title="Letters come, spaces are too few",
 )
-ax.legend()
+_ = ax.legend()
 
 # %%
 # When not to use this

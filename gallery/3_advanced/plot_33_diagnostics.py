@@ -109,7 +109,7 @@ draw(axes[0], runs, "loss", "The loss tells late")
 draw(axes[1], runs, "norm_m_K", "The momentum of K tells early")
 axes[0].set_ylim(1e-3, 1e2)
 axes[1].set_ylim(0.1, 1e3)
-axes[0].legend()
+_ = axes[0].legend()
 
 # %%
 # The diverging run's loss stops when it is no number any more. Its

@@ -82,7 +82,7 @@ class SameBlocks(StructuredMatrix):
         return len(self.copies) * self.B.diagonal().sum(dtype=torch.float32)
 
 
-register_structure("same8", SameBlocks, "one 8 x 8 block, repeated")
+_ = register_structure("same8", SameBlocks, "one 8 x 8 block, repeated")
 
 # %%
 # It shows itself like any other structure.
