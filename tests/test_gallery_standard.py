@@ -44,7 +44,9 @@ class Page:
 
     def words(self):
         """The words that are read: a formula or a piece of code in a sentence counts as one."""
-        text = re.sub(rf"^( *)\.\. (math|code-block|list-table)::[^\n]*{INDENTED}", "", self.text, flags=re.M)
+        text = re.sub(
+            rf"^( *)\.\. (math|code-block|list-table)::[^\n]*{INDENTED}", "", self.text, flags=re.M
+        )
         text = re.sub(r"^ *\.\. [\w-]+::|^\s+:[\w-]+:", "", text, flags=re.M)
         text = re.sub(r":\w+:`[^`]*`|``[^`]*``", "X", text)
         return re.findall(r"[A-Za-z0-9][\w'’.%-]*", text)
@@ -121,3 +123,11 @@ def test_it_has_four_links_and_says_where_to_go_next(page):
 def test_it_runs_without_a_download_or_a_gpu(page):
     """What a page needs comes with the packages that the gallery installs."""
     assert not re.search(r"urllib|requests|download=True|fetch_\w+\(|\.cuda\(|\"cuda", page.code)
+
+
+def test_no_output_is_an_address(page):
+    """As of a last line that is a call: ``<Legend at 0x7f...>`` says nothing, and changes with every run."""
+    for cell in page.notebook.cells:
+        for output in cell.get("outputs", []):
+            shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            assert not re.search(r" at 0x|<bound method", shown), cell.source.splitlines()[-1]
