@@ -54,3 +54,23 @@ def test_dense_routes(small_blocks, n, m):
     close(Dense(K).gram().a, K.T @ K)
     close(Dense(K).cogram().a, K @ K.T)
     close(rows.gram(), A.T @ A)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(16, 5, 17), (9, 4, 9), (1, 3, 40), (16, 16, 16), (20, 0, 11)])
+def test_aligned_products(monkeypatch, sizes, dtype):
+    monkeypatch.setattr(products, "ALIGNED", 2)  # small matrices count as large
+    n, k, m = sizes
+    A, B = torch.randn(n, k).to(dtype), torch.randn(k, m).to(dtype)
+    for left in (A, A.T.contiguous().T):
+        product = products.multiply(left, B)
+        torch.testing.assert_close(product, left @ B)
+        odd = m % 2 == 1 and n >= 16 and dtype != torch.bfloat16
+        assert product.stride(0) == (m + 1 if odd and m >= 16 else m)
+
+
+def test_products_can_still_be_differentiated():
+    A = torch.randn(257, 131, dtype=F64, requires_grad=True)
+    products.multiply(A, A.T[:, :129]).sum().backward()
+    symmetric(A, A.T).sum().backward()
+    assert A.grad is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.products import halving_pays, symmetric
+from singd.products import halving_pays, multiply, symmetric
 from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, wide
 from singd.structures.border import Border
 
@@ -28,13 +28,13 @@ class Dense(StructuredMatrix):
         return self.a.shape[0]
 
     def mm(self, X: Tensor) -> Tensor:
-        return self.a @ X
+        return multiply(self.a, X)
 
     def tmm(self, X: Tensor) -> Tensor:
-        return self.a.T @ X
+        return multiply(self.a.T, X)
 
     def compose(self, other: Dense) -> Dense:
-        return Dense(self.a @ other.a)
+        return Dense(multiply(self.a, other.a))
 
     def project(self, Y: Tensor) -> Dense:
         return Dense(symmetric(Y, Y.T))
@@ -54,8 +54,8 @@ class Dense(StructuredMatrix):
         # One product with a wide X instead of two, if A A^T itself costs less than the second.
         cost = self.n / 2 if halving_pays(self.n, self.n, X.device) else self.n
         if X.shape[1] > cost:
-            return symmetric(self.a, self.a.T) @ X
-        return self.a @ (self.a.T @ X)
+            return multiply(symmetric(self.a, self.a.T), X)
+        return self.mm(self.tmm(X))
 
     def gram(self) -> Dense:
         return Dense(symmetric(self.a.T, self.a))
@@ -66,8 +66,8 @@ class Dense(StructuredMatrix):
     def sandwich(self, rows: RowsLike) -> Dense:
         # With halves 1.5 m n^2 multiplications, or m n^2 / 2 + 1.5 n^3 and less where rows are lazy.
         if rows.count <= 1.5 * self.n:
-            return self.project(self.a.T @ rows.matrix().T)
-        return Dense(symmetric(self.a.T, rows.gram() @ self.a))
+            return self.project(self.tmm(rows.matrix().T))
+        return Dense(symmetric(self.a.T, multiply(rows.gram(), self.a)))
 
     def co_sandwich(self, rows: RowsLike) -> Dense:
         return Dense(self.a.T).sandwich(rows)
