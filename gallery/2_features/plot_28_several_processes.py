@@ -195,8 +195,8 @@ assert dense > gradient > blocks > diagonal
 #    - The loss of the whole is the mean of the ranks' losses. Scale unequal
 #      shares; multiply a *sum* over samples by the number of ranks.
 #    - Wrap first, then build: ``SINGD(DistributedDataParallel(model))``. Built
-#      before wrapping, pass ``average_gradients=False``. Without it the
-#      gradients are averaged twice: right, but slow.
+#      before wrapping, SINGD sees the wrapper in the forward. That takes one
+#      short message per step; ``average_gradients=False`` saves it.
 #    - Without a wrapper, SINGD averages the gradients itself, in ``step``.
 #      With ``fully_shard`` (FSDP2), each rank keeps whole factors.
 #    - Dense factors send more than the gradient does; structured ones less.

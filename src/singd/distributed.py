@@ -1,4 +1,4 @@
-"""What several processes exchange: one reduction of the statistics per update, and gradients if nobody else does.
+"""Flat buffers between processes: one reduction of the statistics per update, and what owners hand out.
 
 Every rank ends with the same statistics as one process that saw all batches. The loss of the whole is the *mean*
 of the ranks' losses, as in DistributedDataParallel: a gradient that a rank sees counts 1/N in it.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from singd.blocks import SIDES, Block
 from singd.statistics import Statistics, accumulation_dtype
@@ -96,7 +96,7 @@ def spread(pieces: Sequence[Piece], where: str = "step") -> list[Tensor]:
             if pieces[i].owner == here and own is not None:
                 part.copy_(own.reshape(-1))
             whole[i] = part
-        with _telling_of_lost_ranks(where):
+        with telling_of_lost_ranks(where):
             if layout.stretch is None:
                 dist.all_reduce(buffer)
             else:
@@ -111,7 +111,7 @@ def _newer(name: str, before: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _telling_of_lost_ranks(where: str = "step") -> Iterator[None]:
+def telling_of_lost_ranks(where: str = "step") -> Iterator[None]:
     """Say in a collective what its failure means.
 
     Raises:
@@ -165,7 +165,7 @@ class Reduction:
                 H_K.copy_(mine.H_K.flat())
                 H_C.copy_(mine.H_C.flat())
                 counts.copy_(torch.stack([mine.rows, mine.terms]))
-        with _telling_of_lost_ranks():
+        with telling_of_lost_ranks():
             if self._layout.stretch is None:
                 self._work = dist.all_reduce(self._sums, async_op=True)
             else:
@@ -177,7 +177,7 @@ class Reduction:
         """Wait for the sums and put them in the place of this rank's statistics, or drop these."""
         if not self._blocks:
             return
-        with _telling_of_lost_ranks():
+        with telling_of_lost_ranks():
             self._work.wait()
         first = 0 if self._layout.stretch is None else rank() * self._layout.stretch
         for i, (block, offset) in enumerate(zip(self._blocks, self._layout.offsets, strict=True)):
@@ -203,28 +203,6 @@ def _from_sums(block: Block, sums: Tensor) -> Statistics:
     H_K = block.blueprint("K").from_flat(flat_K.to(dtype_K))
     H_C = block.blueprint("C").from_flat(flat_C.to(dtype_C))
     return Statistics(H_K, H_C, rows, terms, -1)
-
-
-# -- gradients -------------------------------------------------------------------------------------
-
-
-def average_gradients(params: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by the mean over the ranks; one that no rank has stays None."""
-    if not params:
-        return
-    flags = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    with _telling_of_lost_ranks():
-        dist.all_reduce(flags)
-    used = [p for p, flag in zip(params, flags.tolist(), strict=True) if flag > 0]
-    for dtype in dict.fromkeys(p.dtype for p in used):  # (a set's order may differ between ranks)
-        some = [p for p in used if p.dtype == dtype]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-        buffer = torch.cat([g.flatten() for g in grads])
-        with _telling_of_lost_ranks():
-            dist.all_reduce(buffer)
-        buffer /= world_size()
-        for p, part in zip(some, buffer.split([g.numel() for g in grads]), strict=True):
-            p.grad = part.view_as(p)
 
 
 def _dtype(block: Block) -> torch.dtype:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, distributed, options, report, scaler, torch_steps
+from singd import checkpoint, distributed, exchange, options, report, scaler, torch_steps
 from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
 from singd.ownership import Ownership
 from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
 from singd.update import Outer, moved_factor, natural_gradient, riemannian_momenta
+from singd.wrapping import Wrapping
 
 
 class Factors(NamedTuple):
@@ -73,7 +74,8 @@ class SINGD(torch.optim.Optimizer):
         cache_products: Keep :math:`K K^\top` and :math:`C C^\top` of dense factors between updates (T > 1):
             half the cost of a step, for half of the factors' memory again.
         average_gradients: With several processes: average the gradients over them in ``step``. None: unless
-            ``model`` is wrapped in DistributedDataParallel, which has done it then.
+            DistributedDataParallel has done it. (One that is built after SINGD is seen in its forwards, for
+            a short message per step.)
             The loss of the whole is the mean of the ranks' losses: with unequal batches multiply a rank's mean
             by ``ranks * its samples / all samples``, and a sum over samples by ``ranks``.
         shard_factors: With several processes: each rank keeps and updates the factors of its share of the
@@ -134,7 +136,10 @@ class SINGD(torch.optim.Optimizer):
         options.check_singd(defaults)
         self._fallback = options.fallback_options(fallback)
         model, averaged = unwrapped(model)
-        self.average_gradients = not averaged if average_gradients is None else average_gradients
+        self.average_gradients = (
+            False if averaged and average_gradients is None else average_gradients
+        )
+        self._wrapping = Wrapping()
         self._ownership = Ownership(shard_factors)
         self._slots = find_slots(model)
         self._blocks, self._reasons = find_blocks(model)
@@ -312,6 +317,7 @@ class SINGD(torch.optim.Optimizer):
         self._follow()
         super().zero_grad(set_to_none)
         self._statistics.clear()
+        self._wrapping.clear()
 
     def _factor(self, block: Block, key: str) -> StructuredMatrix:
         """A view on the state; before the first step, the identity. For gathering, also another rank's."""
@@ -358,11 +364,13 @@ class SINGD(torch.optim.Optimizer):
         rehearsal = checkpoint.is_rehearsal(self)
         self._ownership.assign(self._blocks)
         if distributed.world_size() > 1 and not rehearsal:
-            self._exchange()
+            exchange.start(self).finish()
         used = self._used_blocks()
         for block in used:
             with without_autocast(block.weight.device):
                 self._advance(block, lr_covs.get(block))
+        self._statistics.clear()
+        self._wrapping.clear()
         found = self._natural_gradients(used, rehearsal)
         directions = {}
         for block, N in self._ownership.natural_gradients(found, rehearsal):
@@ -370,7 +378,6 @@ class SINGD(torch.optim.Optimizer):
             for p, d in zip(block.params, parts, strict=False):
                 if d is not None:
                     directions[p] = distributed.placed_like(d.to(p.dtype), p)
-        self._statistics.clear()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if group["algorithm"] == "adamw":
@@ -395,17 +402,6 @@ class SINGD(torch.optim.Optimizer):
 
     def _used_blocks(self) -> list[Block]:
         return [b for b in self._blocks if b.active and any(p.grad is not None for p in b.params)]
-
-    def _exchange(self) -> None:
-        """Give all processes the same gradients and statistics."""
-        if self.average_gradients:
-            params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-            params = [p for p in params if not hasattr(p, "full_tensor")]
-            scaler.check_averaging(self.grad_scaler if params else None)
-            distributed.average_gradients(params)
-        due = [b for b in self._used_blocks() if self._due(b.modules[0]) is not None]
-        owners = [self._ownership.owner[b] for b in due] if self._ownership.divided else None
-        distributed.Reduction(due, self._statistics, owners).finish()
 
     def _check_before_step(self) -> None:
         scaler.check(self)
@@ -526,6 +522,7 @@ class SINGD(torch.optim.Optimizer):
             "cache_products",
             "average_gradients",
             "_ownership",
+            "_wrapping",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

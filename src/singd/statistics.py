@@ -206,6 +206,7 @@ class Watch:
         optimizer = self.optimizer()
         if optimizer is None or not torch.is_grad_enabled():
             return
+        optimizer._wrapping.saw_forward(optimizer)
         block = optimizer._due(layer)
         if (
             block is None

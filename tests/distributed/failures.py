@@ -53,7 +53,7 @@ def overflow():
 
 
 def unwrapped():
-    """Without a wrapper, ranks could disagree on an overflow: refused."""
+    """Without a wrapper, ranks could disagree on an overflow: refused. One built after SINGD will do."""
     model, batches = model_and_batches("mlp", steps=1, batch=6)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = SINGD(model.float(), grad_scaler=scaler)
@@ -62,6 +62,15 @@ def unwrapped():
     ).backward()
     with pytest.raises(RuntimeError, match="wrap the model in DistributedDataParallel"):
         scaler.step(optimizer)
+    before = model[0].weight.clone()
+    network = DistributedDataParallel(model)
+    optimizer.zero_grad()
+    scaler.update()
+    scaler.scale(
+        nn.functional.cross_entropy(network(batches[0][0].float()), batches[0][1])
+    ).backward()
+    scaler.step(optimizer)
+    assert not torch.equal(before, model[0].weight)
 
 
 def killed():
