@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -51,10 +52,16 @@ class Block:
         """``(d_o, d_i)``, the bias column counted."""
         return self.kind.size(self.modules[0], self.bias is not None)
 
-    def gradient(self) -> Tensor:
-        """The gradient as one matrix, ``[d_o, d_i]``, with zeros for a parameter that has none."""
+    def gradient(self, known: Mapping[nn.Parameter, Tensor] | None = None) -> Tensor:
+        """The gradient as one matrix, ``[d_o, d_i]``, with zeros for a parameter that has none.
+
+        Args:
+            known: Gradients that are there as a whole already, of sharded parameters.
+        """
+        known = known or {}
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        weight, *bias = (whole(g) for g in grads)
+        pairs = zip(self.params, grads, strict=True)
+        weight, *bias = (known[p] if p in known else whole(g) for p, g in pairs)
         return self.kind.to_matrix(self.modules[0], weight, bias[0] if bias else None)
 
     def structures(self) -> dict[str, Any]:

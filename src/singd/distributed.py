@@ -6,6 +6,7 @@ of the ranks' losses, as in DistributedDataParallel: a gradient that a rank sees
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from singd.blocks import SIDES, Block
 from singd.statistics import Statistics, accumulation_dtype
@@ -207,6 +208,64 @@ def _from_sums(block: Block, sums: Tensor) -> Statistics:
 
 def _dtype(block: Block) -> torch.dtype:
     return torch.promote_types(*(block.dtype(side) for side in SIDES))
+
+
+# -- sharded parameters ----------------------------------------------------------------------------
+
+BUCKET = 2**25  # bytes: enough for the links to be busy, little beside a model that needs sharding
+
+
+def whole_gradients(blocks: Sequence[Block]) -> Iterator[tuple[Block, dict[nn.Parameter, Tensor]]]:
+    """The blocks, each with those of its gradients that ``fully_shard`` spread over ranks, whole.
+
+    As many blocks as fit into a bucket share a gather. Every rank must ask for the same blocks.
+    """
+    bucket: list[Block] = []
+    numbers = 0
+    for i, block in enumerate(blocks):
+        bucket.append(block)
+        numbers += sum(p.numel() * p.element_size() for p in block.params)
+        if numbers >= BUCKET or i == len(blocks) - 1:
+            gradients = gathered([p for b in bucket for p in b.params])
+            for b in bucket:
+                yield b, {p: gradients.pop(p) for p in b.params if p in gradients}
+            bucket, numbers = [], 0
+
+
+def gathered(params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Whole gradients of sharded parameters, with one collective per mesh and dtype.
+
+    Only of those whose rows are dealt out along the one axis of a mesh, as ``fully_shard`` does.
+    """
+    alike: dict[tuple[Any, torch.dtype], list[nn.Parameter]] = {}
+    for p in params:
+        if _rows_are_dealt_out(p.grad):
+            alike.setdefault((p.grad.device_mesh, p.grad.dtype), []).append(p)  # type: ignore[union-attr]
+    found = {}
+    for (mesh, _), some in alike.items():
+        ranks = mesh.size()
+        stretches = []
+        for p in some:
+            rows = p.grad.to_local().flatten()  # type: ignore[union-attr]
+            most = -(-p.shape[0] // ranks) * math.prod(p.shape[1:])  # of a rank; the last have less
+            stretches.append(nn.functional.pad(rows, (0, most - rows.numel())))
+        mine = torch.cat(stretches)
+        buffer = mine.new_empty(ranks * mine.numel())
+        with telling_of_lost_ranks():
+            gather = _newer("all_gather_single", "all_gather_into_tensor")
+            gather(buffer, mine, group=mesh.get_group())
+        parts = buffer.view(ranks, -1).split([s.numel() for s in stretches], dim=1)
+        for p, part in zip(some, parts, strict=True):
+            found[p] = part.reshape(-1)[: p.numel()].view(p.shape)
+    return found
+
+
+def _rows_are_dealt_out(grad: Any) -> bool:
+    if not hasattr(grad, "full_tensor"):
+        return False
+    from torch.distributed.tensor import Shard
+
+    return grad.device_mesh.ndim == 1 and grad.placements == (Shard(0),)
 
 
 def placed_like(tensor: Tensor, param: Any) -> Tensor:

@@ -444,8 +444,8 @@ class SINGD(torch.optim.Optimizer):
         self, blocks: list[Block], rehearsal: bool
     ) -> Iterator[tuple[Block, Tensor | None]]:
         """That of each block, [d_o, d_i]; None of one that another rank owns."""
-        for block in blocks:
-            dW = block.gradient()  # of a sharded weight, every rank must ask
+        for block, whole in distributed.whole_gradients(blocks):
+            dW = block.gradient(whole)
             if rehearsal:
                 yield block, dW  # it is zero
             elif not self._ownership.keeps(block):
