@@ -31,12 +31,12 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self._total = self.peak = 0
 
     def live(self) -> int:
         for key in [k for k, (ref, _) in self._storages.items() if ref.expired()]:
-            del self._storages[key]
-        return sum(size for _, size in self._storages.values())
+            self._total -= self._storages.pop(key)[1]
+        return self._total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.live()  # forget what died since the last operation
@@ -44,8 +44,10 @@ class LiveBytes(TorchDispatchMode):
         for t in tree_leaves(out):
             if torch.is_tensor(t) and t.device.type == "cpu":
                 storage = t.untyped_storage()
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.live())
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                    self._total += storage.nbytes()
+        self.peak = max(self.peak, self._total)
         return out
 
 

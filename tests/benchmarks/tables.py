@@ -99,7 +99,9 @@ def _widths(part: dict[str, Any]) -> str:
         [name, *cost["update_ms"], *cost["gradient_ms"]]
         for name, cost in part["structures"].items()
     ]
-    text = "ms of an update (U) and a natural gradient (N) against the width\n" + table(head, rows)
+    text = "ms of an update (U) and one side of a natural gradient (N) against the width\n" + table(
+        head, rows
+    )
     head = [
         "",
         "U: fitted",

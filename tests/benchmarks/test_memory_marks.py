@@ -1,16 +1,20 @@
 """What the structures promise of memory, in exact bytes."""
 
+import json
+import pathlib
+
 import contenders
 import pytest
 import torch
-from marks import STATE_SHARE
-from memory import kept_bytes, layer_state
+from marks import PEAK_SHARE, STATE_SHARE
+from memory import kept_bytes, layer_state, peak_bytes
 from timing import Contender
 from workloads import WORKLOADS
 
 import singd
 
-LIGHT = ("diagonal", "triltoeplitz", "triutoeplitz")
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "_data" / "what_it_costs.json"
+LIGHT = ("diagonal", "triltoeplitz")
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -46,3 +50,11 @@ def test_nothing_but_the_state_is_kept_between_updates():
     (cached,) = contenders.ours(10, ["dense"])
     products = sum(4 * d**2 for d in (785, 1024, 1025, 1024, 1025, 10))
     assert kept_bytes(cached, WORKLOADS["mlp"]) == state + products
+
+
+@pytest.mark.parametrize("name", contenders.PUBLISHED_STRUCTURES["cnn"])
+def test_the_peak_of_a_convolution_is_a_third_of_the_published_one(name):
+    rows = json.loads(RESULTS.read_text())["memory"]["peak_on_cnn"]
+    (published,) = (r["bytes"] for r in rows if r["name"] == f"published {name}, T=1")
+    (contender,) = contenders.ours(1, [name])
+    assert peak_bytes(contender, WORKLOADS["cnn"]) <= PEAK_SHARE * published

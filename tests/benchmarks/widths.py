@@ -10,7 +10,7 @@ from timing import median_seconds
 
 from singd.layers import DenseRows
 from singd.structures import Structure, StructuredMatrix
-from singd.update import moved_factor, natural_gradient, riemannian_momenta
+from singd.update import moved_factor, riemannian_momenta
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 ROWS = 128  # of the batch
@@ -36,13 +36,16 @@ def update_work(make: Structure, d: int) -> Callable[[], object]:
 
 
 def gradient_work(make: Structure, d: int) -> Callable[[], object]:
-    """The natural gradient of that layer, without a cache."""
-    K, C, dW = random_factor(make, d), random_factor(make, d), torch.randn(d, d)
-    return lambda: natural_gradient(K, C, dW)
+    """One side of a natural gradient: K K^T times ROWS vectors, without a cache.
+
+    Not times d vectors: a d x d gradient leaves the cache at some d, and then it is memory that is measured.
+    """
+    K, X = random_factor(make, d), torch.randn(d, ROWS)
+    return lambda: K.outer(X)
 
 
 def seconds(make: Structure, d: int) -> tuple[float, float]:
-    """Of an update and of a natural gradient."""
+    """Of an update and of one side of a natural gradient."""
     return median_seconds(update_work(make, d)), median_seconds(gradient_work(make, d))
 
 
@@ -62,16 +65,15 @@ def vector_cost(cost: str, d: float) -> float:
 
 
 def theoretical_exponents(make: Structure, widths: Sequence[float]) -> tuple[float, float]:
-    """The exponents of an update and of a natural gradient that the registry's cost promises.
+    """The exponents of an update and of K K^T that the registry's cost promises.
 
-    A natural gradient multiplies d vectors. An update multiplies ROWS vectors and, to move the factor, two
-    factors: d vectors of a dense one, or as much as one vector of the others, up to a constant.
+    Both multiply ROWS vectors. To move a factor, an update also multiplies two of them: d vectors of a
+    dense one, or as much as a few vectors of the others.
     """
     vector = [vector_cost(make.cost, w) for w in widths]
     dense = "d^2" in make.cost
     update = [v * (ROWS + (w if dense else 0)) for v, w in zip(vector, widths, strict=True)]
-    gradient = [v * w for v, w in zip(vector, widths, strict=True)]
-    return fitted_exponent(widths, update), fitted_exponent(widths, gradient)
+    return fitted_exponent(widths, update), fitted_exponent(widths, vector)
 
 
 def crossing(
