@@ -94,7 +94,7 @@ K.map(torch.ones_like)
 # The laws
 # --------
 #
-# Four laws hold for every structure. The last one solves the least-squares
+# Five laws hold for every structure. The last one solves the least-squares
 # problem above by brute force. Random members are not symmetric, so that a
 # missing transpose shows.
 
