@@ -120,7 +120,8 @@ def operations(workload: Workload, name: str, T: int) -> float:
             update, product, gradient = _toeplitz(s)
         else:
             raise ValueError(f"No floor is known for {name!r}.")
-        total += gradient + (update + product) / T
+        apply = gradient + product / T  # K K^T first, or K^T and then K
+        total += update / T + (min(apply, 2 * gradient) if product else apply)
     return total
 
 

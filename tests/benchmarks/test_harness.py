@@ -123,7 +123,8 @@ def test_floors_of_one_dense_case_by_hand():
         (10, 1025),
     ):
         rows_first, gram_first = 3 * 128 * d**2, 128 * d**2 + 3 * d**3
-        total += min(rows_first, gram_first) + d**3 + 2 * d**3 + d**3 + 2 * d**2 * columns
+        total += min(rows_first, gram_first) + d**3 + 2 * d**3  # K^T K, K m_K
+        total += min(d**3 + 2 * d**2 * columns, 4 * d**2 * columns)
     assert operations(WORKLOADS["mlp"], "dense", 1) == total
 
 
