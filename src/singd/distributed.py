@@ -38,7 +38,8 @@ class Layout(NamedTuple):
 
     A gather (or a scatter of sums) wants equally long stretches, which means padding; its ring moves
     (N - 1) stretches through each rank, and that of an all_reduce 2 (N - 1) / N times the whole.
-    So stretches are padded where the buffer doesn't get more than twice as long by it.
+    So stretches are padded where the buffer doesn't get more than twice as long by it. (Gloo's scatter is an
+    all_reduce inside, and saves nothing.)
 
     Attributes:
         offsets: Where each piece starts.

@@ -162,6 +162,19 @@ def copies_go_on_alike():
         assert_equal(optimizer.state_dict()["state"], other.state_dict()["state"], atol=1e-12)
 
 
+def others_factors_are_kept_for_one_update():
+    """K and C of all layers are there between the step before an update and the update, and not in the state."""
+    for steps, there in ((1, False), (2, True), (3, False), (4, True)):
+        _, _, optimizer, _ = trained(steps, shard_factors=True)  # T = 2
+        own, handed = optimizer._ownership, optimizer._ownership.handed
+        assert set(handed) == (set(optimizer._blocks) if there else set())
+        for block in optimizer._blocks:
+            mine = own.keeps(block)
+            assert [key in optimizer.state[block.weight] for key in FACTORS] == [mine] * 4
+            if there:
+                assert handed[block].keys() == (set() if mine else {"K", "C"})
+
+
 def another_number_of_ranks_is_refused():
     _, network, optimizer, batches = trained(2, shard_factors=True)
     optimizer._ownership.rank += 1
@@ -206,6 +219,7 @@ def main():
     groups_that_are_added_later()
     checkpoints_hold_everything()
     copies_go_on_alike()
+    others_factors_are_kept_for_one_update()
     another_number_of_ranks_is_refused()
     factors_in_other_dtypes()
     a_new_T_holds_a_step_later()

@@ -48,6 +48,11 @@ def test_a_scaler_needs_gradients_that_are_averaged_before_it_looks():
     assert done.returncode == 0 and "as expected" in done.stdout, done.stderr[-3000:]
 
 
+def test_one_rank_that_asks_alone_for_shared_out_factors_gets_an_error():
+    done = torchrun("failures.py", 2, "one_asks_alone")
+    assert done.returncode == 0 and "as expected" in done.stdout, done.stderr[-3000:]
+
+
 def test_a_killed_rank_ends_the_others_with_a_clear_error():
     done = torchrun("failures.py", 2, "killed")
     assert done.returncode != 0
