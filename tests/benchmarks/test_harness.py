@@ -152,3 +152,19 @@ def test_exponents_and_crossings():
     assert theoretical_exponents(singd.structure("diagonal"), widths) == pytest.approx((1, 1))
     log = theoretical_exponents(singd.structure("triltoeplitz"), widths)[1] - 1
     assert log == pytest.approx(1 / math.log(math.sqrt(64 * 512)), rel=0.05)
+
+
+def test_those_in_focus_take_further_turns():
+    fields = [timing.Contender("a", contenders.SGD_CONTENDER.make), contenders.others()[0]]
+    runs, _ = timing.interleaved(
+        fields,
+        contenders.SGD_CONTENDER,
+        SMALL["mlp"],
+        seconds=0.0,
+        focus={"a"},
+        focus_seconds=60.0,
+        rounds=2,
+    )
+    # the time of the common rounds is up after one of them
+    assert len(runs["AdamW"].seconds[0]) == 3
+    assert len(runs["a"].seconds[0]) == 3 + 2 * 3

@@ -6,7 +6,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,6 +116,8 @@ def interleaved(
     workload: Workload,
     *,
     seconds: float,
+    focus: Container[str] = (),
+    focus_seconds: float = 0.0,
     rounds: int = 99,
     show: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Run], list[float]]:
@@ -129,8 +131,10 @@ def interleaved(
         contenders: What to compare.
         sgd: What all of them are compared with.
         workload: On what.
-        seconds: When no further round is begun, in wall time. There is one at least.
-        rounds: How many rounds at most.
+        seconds: Wall time of the rounds of all. There is one round at least.
+        focus: The names of those that take part in further rounds of their own.
+        focus_seconds: Wall time of these.
+        rounds: How many rounds of each kind at most.
         show: Is told how far it is.
 
     Returns:
@@ -156,16 +160,19 @@ def interleaved(
         for _ in range(run.contender.period - 1):
             run.training.iterate()
         run.forget()
-    for done in range(rounds):
-        spent = time.monotonic() - begin
-        if done and spent > seconds:
-            break
-        show(f"round {done + 1}, {spent:.0f} of {seconds:.0f} s")
-        for run in chance.sample(list(runs.values()), len(runs)):
-            if run.contender.name in slow:
-                continue
-            gc.collect()
-            partners += run.turn(partner, max(3, run.contender.period), pair_every=2)
+    fast = [run for run in runs.values() if run.contender.name not in slow]
+    few = [run for run in fast if run.contender.name in focus]
+    for group, until, pair_every in ((fast, seconds, 2), (few, seconds + focus_seconds, 1)):
+        last = 0.0
+        for done in range(rounds if group else 0):
+            spent = time.monotonic() - begin
+            if spent + last > until and (done or group is few):
+                break
+            show(f"round {done + 1} of {len(group)}, {spent:.0f} of {until:.0f} s")
+            for run in chance.sample(group, len(group)):
+                gc.collect()
+                partners += run.turn(partner, max(3, run.contender.period), pair_every)
+            last = time.monotonic() - begin - spent
     gc.unfreeze()
     return runs, partners
 
