@@ -274,6 +274,9 @@ assert abs(last(runs["cache_products"]) / last(runs["T", 5]) - 1) < 0.01
 #    * - ``average_gradients``
 #      - whether ``step`` averages over processes
 #      - :ref:`sphx_glr_auto_gallery_2_features_plot_28_several_processes.py`
+#    * - ``shard_factors``
+#      - each process keeps the factors of its share of the layers
+#      - :doc:`/api`
 #    * - ``params``
 #      - groups with options of their own
 #      - :doc:`/api`

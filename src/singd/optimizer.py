@@ -79,10 +79,11 @@ class SINGD(torch.optim.Optimizer):
             The loss of the whole is the mean of the ranks' losses: with unequal batches multiply a rank's mean
             by ``ranks * its samples / all samples``, and a sum over samples by ``ranks``.
         shard_factors: With several processes: each rank keeps and updates the factors of its share of the
-            layers and computes their natural gradients for all (of whole layers: the result is the same). The
-            factors take about 1/N of the memory, but for K and C in a step that updates them. Then
-            ``state_dict``, ``factors`` and ``stats`` gather from all ranks, so call them on every rank; a new
-            ``T`` of a group holds from the step after the next one on.
+            layers, and computes their natural gradients for all. Layers stay whole, so the result is the same.
+            The factors take about 1/N of the memory; K and C of other ranks come for the time of an update
+            (with ``T=1``, always).
+            ``state_dict``, ``factors`` and ``stats`` gather from all ranks: call them on every rank. If you
+            change ``T`` between steps, an update that it brings in the very next step is left out.
 
     Raises:
         TypeError: For an option of the wrong type.
