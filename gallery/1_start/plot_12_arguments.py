@@ -279,7 +279,7 @@ assert abs(last(runs["cache_products"]) / last(runs["T", 5]) - 1) < 0.01
 #      - :doc:`/api`
 #    * - ``params``
 #      - groups with options of their own
-#      - :doc:`/api`
+#      - :ref:`sphx_glr_auto_gallery_2_features_plot_21_parameter_options.py`
 #    * - ``fallback``, ``warn_unsupported``
 #      - AdamW's options for all other parameters, or leave them out
 #      - :ref:`sphx_glr_auto_gallery_1_start_plot_11_replace_adamw.py`
