@@ -475,8 +475,9 @@ class SINGD(torch.optim.Optimizer):
         step = {"lr_cov": lr_cov, "normalize": group["normalize_lr_cov"], "weight": some}
         new = (moved_factor(K, new_m_K, **step), moved_factor(C, new_m_C, **step), new_m_K, new_m_C)
         for key, matrix in zip(checkpoint.FACTORS, new, strict=True):
-            state[key] = matrix.to(dtype=state[key].dtype).flat()
-        block._views.clear()  # they would keep the old momenta's memory until the next update
+            matrix = matrix.to(dtype=state[key].dtype)
+            state[key] = matrix.flat()
+            block.remember(key, state[key], matrix)
         state["last_update"] = state["step"]
 
     # -- checkpoints and copies ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -167,9 +168,7 @@ class StructuredMatrix(ABC):
 
     def map(self: Self, function: Callable[..., Tensor], *others: Self) -> Self:
         """Apply a function to each tensor, together with those of other matrices of the same structure."""
-        parts = zip(
-            *([getattr(A, f.name) for f in fields(A)] for A in (self, *others)), strict=True
-        )
+        parts = zip(*(A._stored() for A in (self, *others)), strict=True)
         return type(self)(
             *(
                 p[0].map(function, *p[1:]) if isinstance(p[0], StructuredMatrix) else function(*p)
@@ -226,10 +225,21 @@ class StructuredMatrix(ABC):
     def tensors(self) -> list[Tensor]:
         """The stored tensors, in a fixed order."""
         found: list[Tensor] = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            found += value.tensors() if isinstance(value, StructuredMatrix) else [value]
+        for value in self._stored():
+            if isinstance(value, Tensor):
+                found.append(value)
+            else:
+                found += value.tensors()
         return found
+
+    def _stored(self) -> list[Any]:
+        """The values of the fields: tensors and structured matrices."""
+        return [getattr(self, name) for name in _field_names(type(self))]
+
+    def _first(self) -> Tensor:
+        """The first of the stored tensors."""
+        first = self._stored()[0]
+        return first if isinstance(first, Tensor) else first._first()
 
     def with_tensors(self: Self, tensors: Sequence[Tensor]) -> Self:
         """The matrix of this structure that stores other tensors; the inverse of ``tensors``."""
@@ -262,11 +272,11 @@ class StructuredMatrix(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensors()[0].dtype
+        return self._first().dtype
 
     @property
     def device(self) -> torch.device:
-        return self.tensors()[0].device
+        return self._first().device
 
     def to(self: Self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
         """The matrix in another dtype or on another device; itself if nothing changes."""
@@ -352,6 +362,11 @@ class Transposed(StructuredMatrix):
 
     def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Transposed:
         return Transposed(self.of.with_border(border, not transposed, off))
+
+
+@cache
+def _field_names(structure: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(structure))
 
 
 def wide(t: Tensor) -> torch.dtype:
