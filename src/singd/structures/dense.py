@@ -76,7 +76,8 @@ class Dense(StructuredMatrix):
         return self.a
 
     def outer_product(self) -> OuterProduct:
-        return OuterProduct(self.cogram().mm, self.dtype)
+        kept = Dense(self.cogram().a.contiguous())  # without the room behind its rows
+        return OuterProduct(kept.mm, self.dtype)
 
     def border(self, transposed: bool = False) -> Border:
         rows = self.a.T if transposed else self.a
