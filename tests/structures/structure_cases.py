@@ -1,21 +1,11 @@
 """What the laws run over: every registered structure and one that a user adds, sizes that don't divide, dtypes."""
 
-from functools import partial
-
 import torch
 from circulant import Circulant
 
 from singd import register_structure, registered_structures, structure
-from singd.structures import BlockDiagonal, Diagonal, Upper, UpperToeplitz
 
 register_structure("circulant", Circulant)
-# block-triangular, but without a border of dense rows: the recursion over blocks
-register_structure(
-    "nested", partial(Upper.eye, k=3, first=UpperToeplitz.eye, second=BlockDiagonal.eye)
-)
-register_structure(
-    "nested_last", partial(Upper.eye, k=-2, first=Diagonal.eye, second=UpperToeplitz.eye)
-)
 STRUCTURES = list(registered_structures())
 SIZES = (1, 2, 3, 7, 31, 40)
 CASES = [(name, n) for name in STRUCTURES for n in SIZES]
