@@ -71,8 +71,8 @@ class SINGD(torch.optim.Optimizer):
         fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); None: leave
             them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
-        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` of dense factors between updates (T > 1):
-            half the cost of a step, for half of the factors' memory again.
+        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates (T > 1) of all but diagonal and
+            Toeplitz factors: of dense ones, half the cost of a step. It takes half of the factors' memory again.
         average_gradients: With several processes: average the gradients over them in ``step``. None: unless
             DistributedDataParallel has done it. (One that is built after SINGD is seen in its forwards, for
             a short message per step.)
