@@ -282,10 +282,10 @@ assert abs(last(runs["cache_products"]) / last(runs["T", 5]) - 1) < 0.01
 #      - :ref:`sphx_glr_auto_gallery_2_features_plot_21_parameter_options.py`
 #    * - ``fallback``, ``warn_unsupported``
 #      - AdamW's options for all other parameters, or leave them out
-#      - :ref:`sphx_glr_auto_gallery_1_start_plot_11_replace_adamw.py`
+#      - :ref:`sphx_glr_auto_gallery_2_features_plot_20_outside_layers.py`
 #    * - ``lr_cov``
 #      - may be a function of the step count
-#      - :doc:`/choosing`
+#      - :ref:`sphx_glr_auto_gallery_2_features_plot_22_schedulers.py`
 #    * - ``normalize_lr_cov``
 #      - bound each step of the factors
 #      - :doc:`/choosing`
@@ -293,7 +293,7 @@ assert abs(last(runs["cache_products"]) / last(runs["T", 5]) - 1) < 0.01
 #      - IKFAC: no coupling, no ``alpha1``
 #      - :doc:`/concepts`
 #    * - ``cache_products``
-#      - keep :math:`K K^\top` of dense factors between updates
+#      - keep :math:`K K^\top` between updates (where that saves time)
 #      - :doc:`/api`
 #
 # Is any argument missing?
