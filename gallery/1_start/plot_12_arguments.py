@@ -276,7 +276,7 @@ assert abs(last(runs["cache_products"]) / last(runs["T", 5]) - 1) < 0.01
 #      - :ref:`sphx_glr_auto_gallery_2_features_plot_28_several_processes.py`
 #    * - ``shard_factors``
 #      - each process keeps the factors of its share of the layers
-#      - :doc:`/api`
+#      - :ref:`sphx_glr_auto_gallery_2_features_plot_29_fully_sharded.py`
 #    * - ``params``
 #      - groups with options of their own
 #      - :ref:`sphx_glr_auto_gallery_2_features_plot_21_parameter_options.py`
