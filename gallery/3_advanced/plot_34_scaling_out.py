@@ -174,9 +174,9 @@ ax.set(ylabel="ms", title=f"A step with T=2, on {os.cpu_count()} core(s)")
 _ = ax.legend()
 
 # %%
-# Not where processes wait for a core. And the batch is divided, but the work on
-# the factors is not: each rank does all of it. Only ``shard_factors`` divides
-# that, and pays by exchanging the natural gradients.
+# Not where processes wait for a core. And the batch is divided, but the work
+# on the factors is not: each rank does all of it. Only ``shard_factors``
+# divides that, and pays by exchanging the natural gradients.
 #
 # The plan
 # --------
