@@ -81,7 +81,7 @@ build/peers/ready: tests/benchmarks/peers.txt .venv/ready
 
 bench: build/peers/ready ## Measure what everything costs, next to other optimizers (15 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py --peers build/peers $(COSTS)
-	@$(BIN)/python tools/notebooks.py build --force plot_45_what_it_costs
+	@$(BIN)/python tools/notebooks.py --force build plot_45_what_it_costs
 	@$(BIN)/python tools/run_page.py gallery/4_structures/plot_45_what_it_costs.py build/bench
 
 clean: ## Remove what the targets made
