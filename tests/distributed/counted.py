@@ -68,10 +68,11 @@ def plain(wrapper):
             print(
                 f"{name:20} {statistics:5} numbers per update, {statistics / least:.2f} x the least"
             )
-        own = [] if wrapper == "ddp" else [len(gradients), sum(gradients)]  # which exist; the means
+        # without a wrapper: which gradients exist and what ran the forwards; the means
+        flags, means = ([], []) if wrapper == "ddp" else ([len(gradients) + 2], [sum(gradients)])
         for i, (backward, step) in enumerate(found):
             assert backward.numel == (sum(gradients) if wrapper == "ddp" else 0)
-            expected = [*own, statistics] if i in UPDATE else own
+            expected = [*flags, *([statistics] if i in UPDATE else []), *means]
             assert [m.numel for m in step.messages] == expected, (name, i)
             assert all(m.kind == "all_reduce" and m.itemsize == 4 for m in step.messages)
 
