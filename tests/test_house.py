@@ -37,9 +37,8 @@ def test_the_core_depends_on_torch_only(path):
 
 
 ALLOWED = {
-    "products.py": set(),
-    "structures": {"structures", "products"},
-    "layers": {"layers", "products"},
+    "structures": {"structures"},
+    "layers": {"layers"},
     "update.py": set(),
     "options.py": {"structures"},
     "blocks.py": {"structures", "layers", "options"},
