@@ -3,10 +3,11 @@ PYTHON ?= python3
 PORT ?= 8000
 BIN := .venv/bin
 PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
+COSTS = docs/_data/what_it_costs.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,6 +72,17 @@ serve: docs ## Serve the site on this machine
 
 lab: .venv/lab ## Open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks
+
+build/peers/ready: tests/benchmarks/peers.txt .venv/ready
+	@echo "Installing the published package into build/peers, beside ours ..."
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/peers \
+		--requirement tests/benchmarks/peers.txt
+	@touch $@
+
+bench: build/peers/ready ## Measure what everything costs, next to other optimizers (15 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py --peers build/peers $(COSTS)
+	@$(BIN)/python tools/notebooks.py --force build plot_45_what_it_costs
+	@$(BIN)/python tools/run_page.py gallery/4_structures/plot_45_what_it_costs.py build/bench
 
 clean: ## Remove what the targets made
 	rm -rf .venv build dist docs/_build docs/auto_gallery docs/gen_modules src/*.egg-info .*_cache

@@ -28,6 +28,22 @@ A claim
    .. code-block:: python
 
        two = 2
+       for _ in range(2):
+
+           two += 1
+
+   .. code-block:: text
+
+       not run
+
+.. list-table::
+   :header-rows: 1
+
+   * - name
+     - meaning
+   * - ``T``
+     - how
+       often
 
 After.
 """
@@ -65,7 +81,8 @@ def notebook(tool):
 
 
 def test_text_becomes_markdown(notebook):
-    assert [c.cell_type for c in notebook.cells] == ["markdown", "code", "markdown", "code"]
+    kinds = ["markdown", "code", "markdown", "code", "markdown", "code"]
+    assert [c.cell_type for c in notebook.cells] == kinds
     assert (
         notebook.cells[0].source
         == """# A claim
@@ -82,15 +99,28 @@ $$
 
 Use `two`:
 
-```python
-two = 2
+```text
+not run
 ```
 
-</details>
+</details>"""
+    )
+    assert (
+        notebook.cells[2].source
+        == """| name | meaning |
+| --- | --- |
+| `T` | how often |
 
 After."""
     )
-    assert notebook.cells[2].source == "Text with `code` and `SINGD`."
+    assert notebook.cells[4].source == "Text with `code` and `SINGD`."
+
+
+def test_a_solution_becomes_a_folded_cell(tool, notebook):
+    cell = notebook.cells[1]
+    assert cell.source == "two = 2\nfor _ in range(2):\n\n    two += 1"
+    assert cell.metadata["jupyter"] == {"source_hidden": True}
+    assert [c for c in notebook.cells if "jupyter" in c.metadata] == [cell]
 
 
 def check(tool):
@@ -105,11 +135,12 @@ def test_a_notebook_in_step_passes(tool, notebook):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda nb: nb.cells[1].update(source="one = 2"), "differs from its script"),
-        (lambda nb: nb.cells[2].update(source="Other text."), "differs from its script"),
-        (lambda nb: nb.cells[3].update(execution_count=None), "was not executed"),
-        (lambda nb: nb.cells[3].outputs.append(stream("stderr")), "holds warnings"),
-        (lambda nb: nb.cells[3].outputs.append(error()), "holds an error"),
+        (lambda nb: nb.cells[3].update(source="one = 2"), "differs from its script"),
+        (lambda nb: nb.cells[1].update(source="two = 3"), "differs from its script"),
+        (lambda nb: nb.cells[4].update(source="Other text."), "differs from its script"),
+        (lambda nb: nb.cells[5].update(execution_count=None), "was not executed"),
+        (lambda nb: nb.cells[5].outputs.append(stream("stderr")), "holds warnings"),
+        (lambda nb: nb.cells[5].outputs.append(error()), "holds an error"),
     ],
 )
 def test_a_spoilt_notebook_fails(tool, notebook, spoil, message, capsys):

@@ -179,11 +179,14 @@ def test_zero_grad_clears_the_statistics_of_the_gradients():
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize(
+    "structure", ["dense", "hierarchical2_3", "trilrank2first", "block3diagonal"]
+)
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_cached_products_change_nothing(name):
+def test_cached_products_change_nothing(name, structure):
     model, batches = model_and_batches(name, steps=8)
     twin = copy.deepcopy(model)
-    options = dict(lr=0.05, T=3, lr_cov=0.2, damping=0.1)
+    options = dict(lr=0.05, T=3, lr_cov=0.2, damping=0.1, structures=(structure, structure))
     train(model, SINGD(model, **options), batches)
     train(twin, SINGD(twin, cache_products=False, **options), batches)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

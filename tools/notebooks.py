@@ -26,6 +26,10 @@ GALLERY, NOTEBOOKS = ROOT / "gallery", ROOT / "notebooks"
 QUOTE = "\x01"  # stands for ">", which sphinx-gallery would take for a heading's underline
 # `# sphinx_gallery_nbval = "nbval-ignore-output"` in a code block: a tag of its cell (and nothing on the page)
 TAG = re.compile(r'^# sphinx_gallery_nbval = "([a-z-]+)"$', re.M)
+# An indented block below a directive.
+BLOCK = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
+DROPDOWN = re.compile(r"^\.\. dropdown::[^\n]*" + BLOCK, re.M)
+SOLUTION = re.compile(r"\n( +)\.\. code-block:: python\n((?:\1 +[^\n]*\n?|[ \t]*\n)*)")
 ADMONITIONS = "admonition|note|warning|tip|important|hint|seealso|caution|attention|danger|error"
 
 
@@ -84,24 +88,59 @@ def _rst(text: str) -> str:
         head = f"<details{QUOTE}<summary{QUOTE}{m.group(1).strip()}</summary{QUOTE}"
         return f"{head}\n\n{body}\n\n</details{QUOTE}\n"
 
-    block = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
-    text = re.sub(r"^\.\. math::([^\n]*)" + block, math, text, flags=re.M)
-    text = re.sub(rf"^\.\. ({ADMONITIONS})::([^\n]*)" + block, admonition, text, flags=re.M)
-    text = re.sub(r"^\.\. dropdown::([^\n]*)" + block, dropdown, text, flags=re.M)
-    text = re.sub(r"^\.\. code-block::([^\n]*)" + block, code, text, flags=re.M)
+    def table(m: re.Match) -> str:
+        rows = re.split(r"^\* - ", textwrap.dedent(m.group(1)), flags=re.M)[1:]  # options before
+        cells = [[" ".join(c.split()) for c in re.split(r"^  - ", r, flags=re.M)] for r in rows]
+        cells.insert(1, ["---"] * len(cells[0]))
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
+
+    text = re.sub(r"^\.\. math::([^\n]*)" + BLOCK, math, text, flags=re.M)
+    text = re.sub(rf"^\.\. ({ADMONITIONS})::([^\n]*)" + BLOCK, admonition, text, flags=re.M)
+    text = re.sub(r"^\.\. dropdown::([^\n]*)" + BLOCK, dropdown, text, flags=re.M)
+    text = re.sub(r"^\.\. list-table::[^\n]*" + BLOCK, table, text, flags=re.M)
+    text = re.sub(r"^\.\. code-block::([^\n]*)" + BLOCK, code, text, flags=re.M)
     text = re.sub(r":(?!math\b)([a-z]+(?::[a-z]+)?):`([^`]+)`", _role, text)
     text = re.sub(r"(?<!`)``(?!`)", "`", text)
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def solutions(text: str) -> list[str]:
+    """The Python blocks of a text's folded solutions."""
+    return [
+        textwrap.dedent(c[2]).strip()
+        for d in DROPDOWN.finditer(text)
+        for c in SOLUTION.finditer(d[0])
+    ]
+
+
+def _cells(block: tuple) -> list[tuple[str, str, int, list[str]]]:
+    """What a block of a script becomes: kind, content, line, tags.
+
+    A solution that is code becomes a folded cell of its own, below the text that folds it on the site. So it is
+    run with the notebook, after the page, and its asserts hold.
+    """
+    kind, content, line = tuple(block)[:3]
+    if kind == "code":
+        return [(kind, remove_config_comments(content), line, TAG.findall(content))]
+    cells, start = [], 0
+    for dropdown in DROPDOWN.finditer(content):
+        if code := solutions(dropdown[0]):
+            prose = SOLUTION.sub("\n", dropdown[0])
+            cells.append(("text", _rst(content[start : dropdown.start()] + prose), line, []))
+            cells.extend(("code", c, line, ["hide-input"]) for c in code)
+            start = dropdown.end()
+    if content[start:].strip():
+        cells.append(("text", _rst(content[start:].lstrip("\n")), line, []))
+    return cells
 
 
 def convert(script: pathlib.Path) -> nbformat.NotebookNode:
     _, blocks = split_code_and_text_blocks(str(script))
     new, tags = [], []
     for b in blocks:
-        kind, content, line = tuple(b)[:3]
-        tags.append(TAG.findall(content) if kind == "code" else [])
-        content = _rst(content) if kind == "text" else remove_config_comments(content)
-        new.append(type(b)(kind, content, line) if hasattr(b, "_fields") else (kind, content, line))
+        for *cell, cell_tags in _cells(b):
+            new.append(type(b)(*cell) if hasattr(b, "_fields") else tuple(cell))
+            tags.append(cell_tags)
     conf = copy.deepcopy(DEFAULT_GALLERY_CONF)
     raw = jupyter_notebook(new, conf, str(script.parent))
     nb = nbformat.v4.new_notebook()
@@ -117,6 +156,8 @@ def convert(script: pathlib.Path) -> nbformat.NotebookNode:
         cell = make(source)
         if tags[i]:
             cell["metadata"]["tags"] = tags[i]
+        if "hide-input" in tags[i]:
+            cell["metadata"]["jupyter"] = {"source_hidden": True}
         cell["id"] = f"{script.stem.replace('_', '-')[:40]}-{i:02d}"
         nb.cells.append(cell)
     nbformat.validate(nb)

@@ -93,7 +93,7 @@ def network():
 # ``normalize_lr_cov``. The defaults are meant for far longer runs.
 
 
-def singd(model, structure, lr_cov):
+def singd(model, lr_cov, *structures):
     return SINGD(
         model,
         lr=LR_SINGD,
@@ -101,13 +101,13 @@ def singd(model, structure, lr_cov):
         T=1,
         lr_cov=lr_cov,
         normalize_lr_cov=True,
-        structures=(structure, structure),
+        structures=structures,
     )
 
 
 OPTIMIZERS = {
-    "SINGD, dense": lambda m: singd(m, "dense", lr_cov=0.5),
-    "SINGD, diagonal": lambda m: singd(m, "diagonal", lr_cov=0.2),
+    "SINGD, dense": lambda m: singd(m, 0.5, "dense", "dense"),
+    "SINGD, diagonal": lambda m: singd(m, 0.2, "diagonal", "diagonal"),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=LR_ADAMW),
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=LR_SGD, momentum=0.9),
 }
@@ -235,6 +235,23 @@ assert max(accuracy) - min(accuracy) < 0.03
 #
 # .. dropdown:: Solution
 #
-#    Replace ``(structure, structure)`` in ``singd``. The large input factor
-#    shrinks to its blocks, so that the state lies between those of the two
-#    structures above; so, about, does the loss.
+#    Blocks on the large input side shrink the state. It lies between those of
+#    the two structures above, and so does the loss.
+#
+#    .. code-block:: python
+#
+#        def blocks(model):
+#            return singd(model, 0.5, "block30diagonal", "dense")
+#
+#
+#        OPTIMIZERS["SINGD, blocks"] = blocks
+#        _, loss_blocks, *_, state_blocks = fit("SINGD, blocks")
+#        assert loss["SINGD, dense"] < loss_blocks < loss["SINGD, diagonal"]
+#        assert state["SINGD, diagonal"] < state_blocks < state["SINGD, dense"]
+#
+# Where to go next:
+# :ref:`sphx_glr_auto_gallery_1_start_plot_11_replace_adamw.py` goes from AdamW
+# to SINGD line by line,
+# :ref:`sphx_glr_auto_gallery_4_structures_plot_44_choosing.py` compares
+# structures, :doc:`/concepts` explains the method, and :doc:`/choosing` its
+# arguments.

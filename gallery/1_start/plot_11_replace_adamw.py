@@ -214,8 +214,20 @@ assert diagonal.max() < 1.25 * diagonal.min()
 #
 # .. dropdown:: Solution
 #
-#    ``SINGD(network(), fallback=None)`` warns that ``1.weight`` and
-#    ``1.bias``, the LayerNorm, are left out. They then keep their values.
+#    A warning names ``1.weight`` and ``1.bias``, the LayerNorm. They keep
+#    their values.
+#
+#    .. code-block:: python
+#
+#        import warnings
+#
+#        model = network()
+#        with warnings.catch_warnings(record=True) as caught:
+#            warnings.simplefilter("always")
+#            optimizer = SINGD(model, fallback=None)
+#        assert "1.weight" in str(caught[0].message)
+#        fit(model, optimizer)
+#        assert torch.equal(model[1].weight, torch.ones(64))
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` reads the

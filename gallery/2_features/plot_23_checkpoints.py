@@ -42,7 +42,7 @@ from singd import SINGD
 
 STEPS, STOP, BATCH = 90, 45, 64
 _ = torch.set_num_threads(1)  # the same digits on every machine
-folder = tempfile.TemporaryDirectory()
+folder = tempfile.TemporaryDirectory()  # removed when Python ends
 path = pathlib.Path(folder.name) / "checkpoint.pt"
 
 data = load_digits()
@@ -139,7 +139,7 @@ ax.plot(range(STOP, STEPS), second, color="C1", label="resumed")
 ax.axvline(STOP, color="C7", linestyle=":")
 ax.set(xlabel="step", ylabel="training loss", yscale="log")
 ax.set_title("A resumed run is the same run")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # **Before you run on:** a part of the checkpoint gets lost. Does the run find
@@ -167,7 +167,7 @@ for (name, losses), color in zip(others.items(), ("C2", "C3")):
 ax.plot(steps, [0.0] * len(second), color="C1", label="the whole checkpoint")
 ax.set(xlabel="step", ylabel="difference of the losses")
 ax.set_title("Only the whole checkpoint resumes the run")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # Both are another run from then on. Without the optimizer's state the factors
@@ -205,7 +205,6 @@ except ValueError as error:
     message = str(error)
 print(message)
 assert "layer '0'" in message
-folder.cleanup()
 
 # %%
 # When not to use it
@@ -230,6 +229,11 @@ folder.cleanup()
 #
 #    They do. Loading copies the tensors, so the first run does not train in
 #    those of the checkpoint.
+#
+#    .. code-block:: python
+#
+#        runs = [train(*resume(), 20) for _ in range(2)]
+#        assert runs[0] == runs[1] == second[:20]
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` splits a

@@ -76,7 +76,7 @@ assert (scaled - 1).abs().max() < 0.01
 # train in float32 here, where a power of two may change nothing at all.
 
 
-def fit(scale=None, clip=None, bad_step=None):
+def fit(scale=None, clip=None, bad_step=None, unscale=True):
     model = copy.deepcopy(start)
     scaler = torch.amp.GradScaler(
         "cpu", init_scale=scale or 1.0, enabled=scale is not None
@@ -89,7 +89,8 @@ def fit(scale=None, clip=None, bad_step=None):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), labels[batch])
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)  # needed only to clip
+        if unscale:
+            scaler.unscale_(optimizer)  # needed only to clip
         parameters = list(model.parameters())
         limit = clip or float("inf")
         norms.append(nn.utils.clip_grad_norm_(parameters, limit).item())
@@ -195,13 +196,21 @@ assert torch.equal(clipped, without)
 #
 # .. admonition:: Exercise
 #
-#    Remove the line with ``unscale_``, and train with a scale and with
-#    ``clip=0.5``. What is clipped now?
+#    Train with a scale and ``clip=0.5``, but with ``unscale=False``. What is
+#    clipped now?
 #
 # .. dropdown:: Solution
 #
 #    The scaled gradients: all are far longer than the limit, and after the
 #    division next to nothing is left of them. The weights hardly move.
+#
+#    .. code-block:: python
+#
+#        first = nn.utils.parameters_to_vector(start.parameters()).detach()
+#        stuck, *_ = fit(scale=2.0**16, clip=LIMIT, unscale=False)
+#        moved, should = (stuck - first).norm(), (clipped - first).norm()
+#        print(f"moved {moved / should:.1%} of the way")
+#        assert moved < should / 100
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` is the other

@@ -205,9 +205,20 @@ assert max(last) < 0.3
 #
 # .. dropdown:: Solution
 #
-#    Replace the convolution in ``U_of_singd`` by
-#    ``nn.Linear(64, 4, bias=False)``, its input by
-#    ``images[:BATCH].flatten(1)``, and 9 by 64. The two results agree.
+#    With :math:`S = 1` the mean over positions does nothing.
+#
+#    .. code-block:: python
+#
+#        def K_of_linear(kfac_approx):
+#            torch.manual_seed(0)
+#            layer = nn.Linear(64, 4)
+#            optimizer = SINGD(layer, T=1, kfac_approx=kfac_approx)
+#            layer(images[:BATCH].flatten(1)).square().mean().backward()
+#            optimizer.step()
+#            return optimizer.factors(layer).K.dense()
+#
+#
+#        assert torch.equal(K_of_linear("expand"), K_of_linear("reduce"))
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_32_custom_layer.py` adds a layer

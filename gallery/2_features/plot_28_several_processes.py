@@ -92,7 +92,7 @@ for step in range(30):
         whole = nn.functional.cross_entropy(model(images), labels)
     losses.append(whole.item())
 if rank == 0:
-    print(f"{ranks} process(es), last loss {losses[-1]:.6f}")
+    print(f"{ranks} process(es), last loss {losses[-1]:.3f}")
     weights = [p.detach() for p in model.parameters()]
     torch.save((losses, weights), sys.argv[1])
 dist.destroy_process_group()
@@ -100,8 +100,8 @@ dist.destroy_process_group()
 
 # %%
 # ``torchrun`` is ``python -m torch.distributed.run``. The environment keeps
-# the processes on this machine. *Before running on: how large will the
-# difference of the weights be after 30 steps?*
+# the processes on this machine. **Before you run on:** how large will the
+# difference of the weights be after 30 steps?
 
 
 def torchrun(processes):
@@ -130,14 +130,28 @@ losses, weights = torchrun(1)
 losses_2, weights_2 = torchrun(PROCESSES)
 
 # %%
-# The two lines are one. In double precision nothing but rounding differs.
+# The two lines are one.
 
-fig, ax = plt.subplots()
+fig, ax = plt.subplots(figsize=(7, 3.4))
 ax.plot(losses, linewidth=5, alpha=0.4, label="one process")
 ax.plot(losses_2, "--", label="two processes, 48 and 16 samples")
 ax.set(xlabel="step", ylabel="loss on all digits")
+ax.set_title("Two processes train as one")
 _ = ax.legend()
-plt.show()
+
+# %%
+# In double precision nothing but rounding differs. (Equal losses are drawn
+# at the lower edge.)
+
+gaps = [abs(a - b) for a, b in zip(losses, losses_2)]
+fig, ax = plt.subplots(figsize=(7, 3))
+ax.plot([max(gap, 1e-17) for gap in gaps], "o")
+ax.axhline(2.2e-16, color="C7", ls=":", label="rounding of a number near 1")
+ax.set(yscale="log", ylim=(1e-17, 1), xlabel="step")
+ax.set(ylabel="difference of the losses")
+ax.set_title("The difference stays at rounding")
+ax.legend()
+assert max(gaps) < 1e-12
 
 pairs = zip(weights, weights_2, strict=True)
 difference = max((a - b).abs().max().item() for a, b in pairs)
@@ -153,15 +167,21 @@ print("difference below 1e-10")
 # every tenth step. Structures decide how large it is.
 
 sizes = [(32, 65), (10, 33)]  # d_o x d_i of both layers
+sent = {"gradient, each step": sum(a * b for a, b in sizes)}
 for name in ("dense", "block8diagonal", "diagonal"):
     make = singd.structure(name)
     numbers = sum(make(n).numel for pair in sizes for n in pair)
-    numbers += 2 * len(sizes)
-    print(f"{name:15} {numbers:6} numbers for each update")
-gradient = sum(a * b for a, b in sizes)
-print(f"{'gradient':15} {gradient:6} numbers for each step")
-dense = sum(singd.structure("dense")(n).numel for p in sizes for n in p)
-assert dense > gradient
+    sent[f"{name}, each update"] = numbers + 2 * len(sizes)
+
+fig, ax = plt.subplots(figsize=(7, 2.4))
+drawn = ax.barh(list(sent), list(sent.values()), color=["C7", *["C0"] * 3])
+ax.bar_label(drawn, fmt=" {:,.0f}")
+ax.set(xlabel="numbers sent by a rank", xlim=(0, 8000))
+ax.set_title("Dense factors are larger than the gradient")
+ax.invert_yaxis()
+
+gradient, dense, blocks, diagonal = sent.values()
+assert dense > gradient > blocks > diagonal
 
 # %%
 # When not to use this
@@ -169,19 +189,17 @@ assert dense > gradient
 #
 # A model that trains in one process in the time you have needs none of it.
 #
-# Lessons learned
-# ---------------
+# .. admonition:: Lessons learned
 #
-# - N processes equal one process on the whole batch: no option changes.
-# - The loss of the whole is the mean of the ranks' losses; scale unequal
-#   shares, and multiply a *sum* over samples by the number of ranks.
-# - Wrap first, then build: ``SINGD(DistributedDataParallel(model))``. Built
-#   before wrapping, pass ``average_gradients=False``; without it the
-#   gradients are averaged twice, which is right but slow.
-# - Without any wrapper SINGD averages the gradients itself, in ``step``.
-# - ``fully_shard`` (FSDP2) works before and after building SINGD. Each rank
-#   keeps whole factors.
-# - Dense factors send more than the gradient does; structured ones less.
+#    - N processes equal one process on the whole batch: no option changes.
+#    - The loss of the whole is the mean of the ranks' losses. Scale unequal
+#      shares; multiply a *sum* over samples by the number of ranks.
+#    - Wrap first, then build: ``SINGD(DistributedDataParallel(model))``. Built
+#      before wrapping, SINGD sees the wrapper in the forward. That takes one
+#      short message per step; ``average_gradients=False`` saves it.
+#    - Without a wrapper, SINGD averages the gradients itself, in ``step``.
+#      With ``fully_shard`` (FSDP2), each rank keeps whole factors.
+#    - Dense factors send more than the gradient does; structured ones less.
 #
 # .. admonition:: Exercise
 #
@@ -192,7 +210,15 @@ assert dense > gradient
 #    Both: a sample of rank 1 then weighs three times as much as one of
 #    rank 0.
 #
-# Next: :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` on
+#    .. code-block:: python
+#
+#        SCRIPT = SCRIPT.replace("(loss * (ranks * len(mine) / 64))", "loss")
+#        losses_3, weights_3 = torchrun(PROCESSES)
+#        pairs = zip(weights, weights_3, strict=True)
+#        assert max((a - b).abs().max().item() for a, b in pairs) > 1e-3
+#
+# Where to go next:
+# :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` on
 # micro-batches, :ref:`sphx_glr_auto_gallery_2_features_plot_23_checkpoints.py`
 # on checkpoints, and
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` on watching a

@@ -39,7 +39,7 @@ from torch import nn
 
 from singd import SINGD
 
-STEPS, BATCH, MICRO, CLIP = 80, 100, 2, 2.0
+STEPS, BATCH, MICRO, LR, CLIP = 80, 100, 2, 1e-2, 2.0
 _ = torch.set_num_threads(1)
 
 # %%
@@ -58,18 +58,17 @@ class ViT(nn.Module):
         super().__init__()
         self.embed = nn.Linear(16, width)
         self.position = nn.Parameter(0.02 * torch.randn(49, width))
-        block = dict(dropout=0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 2 * width, **block)
-            for _ in range(2)
+        options = dict(dropout=0.0, batch_first=True, norm_first=True)
+        shape = (width, 4, 2 * width)
+        self.blocks = nn.Sequential(
+            nn.TransformerEncoderLayer(*shape, **options),
+            nn.TransformerEncoderLayer(*shape, **options),
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
     def forward(self, x):
-        x = self.embed(x) + self.position
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(self.embed(x) + self.position)
         return self.head(self.norm(x.mean(1)))
 
 
@@ -88,27 +87,16 @@ def start():
     model = ViT()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": 1e-4},
+        {"params": vectors, "algorithm": "adamw"},
+    ]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizer = SINGD(
-        model,
-        [
-            {"params": matrices, "weight_decay": 1e-4},
-            {"params": vectors, "algorithm": "adamw", "lr": 1e-2},
-        ],
-        lr=1e-2,
-        damping=1e-2,
-        T=2,
-        lr_cov=0.3,
-        normalize_lr_cov=True,
-        kfac_approx="reduce",
-        fallback={"lr": 1e-2},
-        grad_scaler=scaler,
-    )
+    factors = dict(T=2, lr_cov=0.3, normalize_lr_cov=True, damping=1e-2)
+    options = dict(kfac_approx="reduce", grad_scaler=scaler, **factors)
+    optimizer = SINGD(model, groups, lr=LR, fallback={"lr": LR}, **options)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=[g["lr"] for g in optimizer.param_groups],
-        total_steps=STEPS,
-        cycle_momentum=False,
+        optimizer, LR, total_steps=STEPS, cycle_momentum=False
     )
     return model, optimizer, scaler, schedule
 
@@ -124,9 +112,9 @@ print(start()[1])
 # ``bar`` is the progress bar.
 
 
-def bar(step, loss, width=20):
-    done = width * (step + 1) // STEPS
-    print(f"[{'#' * done:{width}}] step {step + 1:3}, loss {loss:.1f}")
+def bar(step, loss):
+    done = "#" * (20 * step // STEPS)
+    print(f"[{done:20}] step {step:3}, loss {loss:.1f}")
 
 
 def run(parts, first, last):
@@ -149,9 +137,8 @@ def run(parts, first, last):
         scaler.update()
         schedule.step()
         if (step + 1) % 20 == 0:
-            bar(step, total)
-        lr = optimizer.param_groups[0]["lr"]
-        losses.append((total, norm.item(), lr))
+            bar(step + 1, total)
+        losses.append((total, norm.item(), schedule.get_last_lr()[0]))
     return losses
 
 
@@ -194,39 +181,41 @@ assert second == history[HALF:]
 # -------------
 
 losses, norms, rates = zip(*history)
-fig, axes = plt.subplots(1, 3, figsize=(9, 3))
-axes[0].plot(losses, label="first run")
-axes[0].plot(range(HALF, STEPS), [s[0] for s in second], "--", label="resumed")
-axes[0].set(xlabel="step", ylabel="loss", title="The loss falls")
-axes[0].legend()
-axes[1].plot(norms)
-axes[1].axhline(CLIP, color="C7", ls=":")
-axes[1].set(
-    xlabel="step", ylabel="gradient norm", title="Above the line, clipped"
-)
-axes[2].plot(rates)
-axes[2].set(xlabel="step", ylabel="lr", title="One cycle")
+fig, ax = plt.subplots(figsize=(7, 3.4))
+ax.plot(losses, label="first run")
+ax.plot(range(HALF, STEPS), [s[0] for s in second], "--", label="resumed")
+ax.set(xlabel="step", ylabel="training loss", title="The loss falls")
+ax.legend()
 
 start_loss, end_loss = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
 assert end_loss < 0.75 * start_loss
+
+# %%
+# The loss falls by more than a quarter. Meanwhile the learning rate rises and
+# falls once, and gradients above the line are clipped to it.
+
+fig, axes = plt.subplots(1, 2, figsize=(9, 3))
+axes[0].plot(norms)
+axes[0].axhline(CLIP, color="C7", ls=":")
+axes[0].set(xlabel="step", ylabel="gradient norm", title="What is clipped")
+axes[1].plot(rates)
+axes[1].set(xlabel="step", ylabel="lr", title="One cycle")
 assert max(norms) > CLIP
 
 # %%
-# The loss falls by more than a quarter, through the rise and fall of the
-# learning rate. Which digits are still mixed up? The 500 test images tell.
+# Which digits are still mixed up? The 500 test images tell.
 
 with torch.no_grad():
     guess = parts[0](patches[test]).argmax(1)
-counts = torch.zeros(10, 10)
-for truth, g in zip(labels[test], guess):
-    counts[truth, g] += 1
+pairs = torch.stack([labels[test], guess])
+counts = torch.zeros(10, 10).index_put_(tuple(pairs), torch.ones(500), True)
 accuracy = (counts.diag().sum() / counts.sum()).item()
 fig, ax = plt.subplots(figsize=(4.4, 3.8))
-picture = ax.imshow(counts, cmap="Blues")
-fig.colorbar(picture, label="images")
+fig.colorbar(ax.imshow(counts, cmap="Blues"), label="images")
 ax.set(xlabel="guess", ylabel="truth", title="Most counts are diagonal")
 ax.set(xticks=range(10), yticks=range(10))
-assert accuracy > 0.4
+print(f"accuracy {accuracy:.1f}")
+assert accuracy > 0.5
 
 # %%
 # When not to use this
@@ -250,7 +239,16 @@ assert accuracy > 0.4
 # .. dropdown:: Solution
 #
 #    In exact arithmetic, everything: SINGD sums the statistics of equal
-#    micro-batches. In bfloat16 the last digits differ.
+#    micro-batches. In bfloat16 the last digits differ, and training lets
+#    them grow.
+#
+#    .. code-block:: python
+#
+#        MICRO = 4
+#        more = run(start(), 0, 10)
+#        apart = [abs(a[0] - b[0]) for a, b in zip(more, history)]
+#        assert apart[0] < 0.01
+#        assert max(apart) > 0
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` to watch such

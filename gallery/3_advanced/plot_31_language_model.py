@@ -192,7 +192,7 @@ ax.set(
     ylabel="share",
     title="Letters come, spaces are too few",
 )
-ax.legend()
+_ = ax.legend()
 
 # %%
 # When not to use this
@@ -214,8 +214,30 @@ ax.legend()
 #
 # .. dropdown:: Solution
 #
-#    ``loss_average="batch"``. :math:`R` is then :math:`B`, since the loss
-#    divides by the sequences only.
+#    ``loss_average="batch"``: the loss divides by the :math:`B` sequences
+#    only. The loss, its gradient and :math:`G` all become :math:`S` times as
+#    large. The natural gradient stays, up to the damping.
+#
+#    .. code-block:: python
+#
+#        def G_of_head(loss_average, positions):
+#            torch.manual_seed(0)
+#            model = Model()
+#            options = dict(T=1, lr_cov=0.1, damping=0.0, kfac_like=True)
+#            optimizer = SINGD(model, loss_average=loss_average, **options)
+#            x, y = batch()
+#            output = model(x).flatten(0, 1)
+#            loss = nn.functional.cross_entropy(output, y.flatten())
+#            (positions * loss).backward()
+#            optimizer.step()
+#            C = optimizer.factors("head").C.dense()  # I - 0.05 (G - I)
+#            eye = torch.eye(len(C))
+#            return (eye - C) / 0.05 + eye
+#
+#
+#        mean = G_of_head("batch+sequence", 1)
+#        total = G_of_head("batch", LENGTH)
+#        assert torch.allclose(total, LENGTH * mean, rtol=1e-3, atol=1e-3)
 #
 # Where to go next: :doc:`/choosing` for the arguments, :doc:`/concepts` for
 # shared weights, :doc:`/structures` for a smaller head.

@@ -97,26 +97,30 @@ print(SINGD(network(Transposed)))
 # One forward and backward by hand: the rows that the kind gives must add up to
 # the gradient that autograd gives.
 
-layer = Transposed(5, 3).double()
-x = torch.randn(7, 5, dtype=torch.float64)
-y = layer(x)
-y.retain_grad()
-y.square().sum().backward()
 
-kind = find_kind(layer)
-options = dict(approx="expand", dtype=torch.float64)
-a = kind.input_rows(layer, x, bias=True, **options).matrix()
-g = kind.grad_rows(layer, y.grad, x, **options).matrix()
-dW = kind.to_matrix(layer, layer.weight.grad, layer.bias.grad)
-torch.testing.assert_close(dW, g.T @ a)
+def both_sides(layer):
+    """The gradient by autograd, and the sum over the kind's rows."""
+    x = torch.randn(7, 5, dtype=torch.float64)
+    y = layer(x)
+    y.retain_grad()
+    y.square().sum().backward()
+    kind = find_kind(layer)
+    options = dict(approx="expand", dtype=torch.float64)
+    a = kind.input_rows(layer, x, bias=True, **options).matrix()
+    g = kind.grad_rows(layer, y.grad, x, **options).matrix()
+    return kind.to_matrix(layer, layer.weight.grad, layer.bias.grad), g.T @ a
 
-fig, axes = plt.subplots(1, 2, figsize=(6, 2.4), layout="constrained")
+
+gradient, rows = both_sides(Transposed(5, 3).double())
+torch.testing.assert_close(gradient, rows)
+
+fig, axes = plt.subplots(1, 2, figsize=(6, 2.4))
 for ax, matrix, title in (
-    (axes[0], dW, "gradient by autograd"),
-    (axes[1], g.T @ a, "sum of the rows' products"),
+    (axes[0], gradient, "gradient by autograd"),
+    (axes[1], rows, "sum of the rows' products"),
 ):
-    _ = ax.imshow(matrix, cmap="RdBu")
-    _ = ax.set(title=title, xlabel="inputs and bias", ylabel="outputs")
+    ax.imshow(matrix, cmap="RdBu")
+    ax.set(title=title, xlabel="inputs and bias", ylabel="outputs")
 
 # %%
 # Both pictures are the same, to rounding.
@@ -150,14 +154,21 @@ def fit(layer):
 
 (linear, K_linear), (ours, K_ours) = fit(nn.Linear), fit(Transposed)
 
-fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
+fig, ax = plt.subplots(figsize=(6, 3.2))
 ax.plot(linear, label="nn.Linear", lw=4, alpha=0.4)
 ax.plot(ours, "k--", label="our layer", lw=1)
 ax.set(xlabel="step", ylabel="loss", yscale="log", title="The same run")
 _ = ax.legend()
 
 # %%
-# They lie on each other: the mathematics is the same, and so are the factors.
+# They lie on each other: the mathematics is the same. So are the factors.
+
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
+for ax, K, name in zip(axes, (K_linear, K_ours), ("nn.Linear", "our layer")):
+    shown = ax.imshow(K, cmap="RdBu_r", vmin=-1, vmax=1)
+    ax.set(title=f"K of {name}", xlabel="inputs and bias")
+axes[0].set_ylabel("inputs and bias")
+fig.colorbar(shown, ax=axes, label="entry")
 
 assert (linear - ours).abs().max() < 0.02
 assert (K_linear - K_ours).abs().max() < 0.02 * K_linear.abs().max()
@@ -184,8 +195,24 @@ assert ours[-1] < 0.2
 #
 # .. dropdown:: Solution
 #
-#    Derive it from ``LinearKind`` and return ``2 * super().grads(layer, g)``
-#    from ``grads``. The inputs stay.
+#    The inputs stay, and each row of output gradients counts twice.
+#
+#    .. code-block:: python
+#
+#        class Doubled(nn.Linear):
+#            def forward(self, input):
+#                return 2 * super().forward(input)
+#
+#
+#        class DoubledKind(LinearKind):
+#            def grads(self, layer, g):
+#                return 2 * super().grads(layer, g)
+#
+#
+#        register_layer(Doubled, DoubledKind())
+#        gradient, rows = both_sides(Doubled(5, 3).double())
+#        torch.testing.assert_close(gradient, rows)
+#        assert "adamw" not in repr(SINGD(network(Doubled)))
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` shows how

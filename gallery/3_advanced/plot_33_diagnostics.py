@@ -109,7 +109,7 @@ draw(axes[0], runs, "loss", "The loss tells late")
 draw(axes[1], runs, "norm_m_K", "The momentum of K tells early")
 axes[0].set_ylim(1e-3, 1e2)
 axes[1].set_ylim(0.1, 1e3)
-axes[0].legend()
+_ = axes[0].legend()
 
 # %%
 # The diverging run's loss stops when it is no number any more. Its
@@ -200,8 +200,15 @@ assert all(run[0][-1] < 0.5 for run in cured.values())
 #
 # .. dropdown:: Solution
 #
-#    ``fit(T=1, lr_cov=lambda step: 0.2 * min(1, step / 50))``. It is; it only
-#    starts later.
+#    It is; it only starts later.
+#
+#    .. code-block:: python
+#
+#        losses, stats = fit(T=1, lr_cov=lambda step: 0.2 * min(1, step / 50))
+#        momentum = [s["norm_m_K"] for s in stats]
+#        assert losses[-1] < 0.5
+#        assert momentum[-1] < 0.5 * momentum[0]
+#        assert stats[10]["trace_K"] < runs["healthy"][1][10]["trace_K"]
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_4_structures_plot_44_choosing.py` compares

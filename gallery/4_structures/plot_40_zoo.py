@@ -5,9 +5,9 @@ The zoo: which shapes can a preconditioner have?
 SINGD keeps two factors per layer, :math:`K` for the inputs and :math:`C` for
 the output gradients. A dense factor of a layer with 1,024 inputs has a
 million entries. A *structure* keeps some of them and fixes the others at
-zero, or ties them to each other. This page draws every structure that is
-registered. Then it weighs them: what does each one store, what does a
-product cost, and what can it still learn?
+zero, or ties them to each other. This page draws every registered structure
+and weighs it: what does it store, what does a product cost, and what can it
+still learn?
 
 .. admonition:: What you will learn
 
@@ -29,8 +29,7 @@ moment of a layer's inputs and :math:`\lambda` the damping. It is learned by
    m_K = \tfrac12 \left[ P(K^\top (U + \lambda I) K) - I \right] , \qquad
    K \leftarrow K - \beta_1 K m_K .
 
-Sums and products of members must be members again, and :math:`I` must be
-one. That is what makes a set of matrices a structure.
+Sums and products of members must be members, and :math:`I` must be one.
 """
 
 import time
@@ -48,9 +47,8 @@ zoo = registered_structures()
 _ = torch.set_num_threads(1)
 
 # %%
-# The names come from the registry, and so does all that follows. A structure
-# that you register yourself appears on this page too. The numbers in a name
-# are sizes of your choice: ``block64diagonal`` works as well.
+# The names come from the registry. The numbers in a name are sizes of your
+# choice: ``block64diagonal`` works as well.
 
 for name, structure in zoo.items():
     print(f"{name:17} {structure.members}")
@@ -60,8 +58,7 @@ for name, structure in zoo.items():
 # --------------------------
 #
 # Called with a size, a structure gives the identity. Random numbers in its
-# storage make a random member. Dark entries are those that may differ from
-# zero.
+# storage make a random member.
 
 
 def random_member(structure, n):
@@ -83,9 +80,8 @@ for i, (name, structure) in enumerate(zoo.items()):
 _ = fig.suptitle("Entries that may differ from zero")
 
 # %%
-# Read it row by row. A block of 30 is all of a small matrix and little of a
-# large one. The two Toeplitz pictures look full, but each diagonal holds one
-# number only.
+# A block of 30 is all of a small matrix and little of a large one. The two
+# Toeplitz pictures look full, but each diagonal holds one number only.
 
 big = zoo["triltoeplitz"](48)
 assert big.numel == 48
@@ -94,47 +90,50 @@ assert zoo["block30diagonal"](24).numel == 24**2
 # %%
 # In a notebook, a structured matrix shows itself in the same way.
 
-zoo["hierarchical15_15"](64)
+random_member(zoo["hierarchical15_15"], 64)
 
 # %%
 # What they learn
 # ---------------
 #
-# Real data: the second moment :math:`U` of 1,797 images of digits, with 64
-# pixels each. Pixels close to each other are alike, so :math:`U` is far from
-# diagonal. Each structure learns its :math:`K` with the equation above, from
-# the identity. ``project(Y)`` is :math:`P(Y Y^\top)`, and ``tmm`` multiplies
-# with :math:`K^\top`.
+# Real data: the second moment :math:`U` of 1,797 digits of 64 pixels. Each
+# structure learns its :math:`K` with the equation above, from the identity.
+# ``project(Y)`` is :math:`P(Y Y^\top)`, and ``tmm`` multiplies with
+# :math:`K^\top`.
 
 x = torch.tensor(load_digits().data) / 16
 S = x.T @ x / len(x) + LAMBDA * torch.eye(64, dtype=x.dtype)
-root = torch.linalg.cholesky(S)
-learned, frames = {}, {}
-for name, structure in zoo.items():
-    K = structure(64, dtype=x.dtype)
-    frames[name] = [K.dense()]
+
+
+def learn(structure, S):
+    """K after each update."""
+    root = torch.linalg.cholesky(S)
+    path = [structure(64, dtype=S.dtype)]
     for _ in range(UPDATES):
+        K = path[-1]
         m_K = 0.5 * K.project(K.tmm(root)).add_identity_(-1.0)
-        K = K - BETA_1 * (K @ m_K)
-        frames[name].append(K.dense())
-    learned[name] = K
+        path.append(K - BETA_1 * (K @ m_K))
+    return path
+
+
+paths = {name: learn(structure, S) for name, structure in zoo.items()}
 
 # %%
-# **Before you run on:** all start from the identity. Where will the dense
-# factor show structure of its own? Remember that pixel 8 lies below pixel 0.
+# **Before you run on:** where will the dense factor show structure of its own?
+# Remember that pixel 8 lies below pixel 0.
 
 rows = -(-len(zoo) // 4)
 fig, axes = plt.subplots(rows, 4, figsize=(7, 1.95 * rows))
 images = {}
 for ax, name in zip(axes.flat, zoo):
-    images[name] = ax.imshow(frames[name][0], "RdBu_r", vmin=-4, vmax=4)
+    images[name] = ax.imshow(torch.eye(64), "RdBu_r", vmin=-2, vmax=2)
     ax.set(xticks=[], yticks=[])
     ax.set_title(name, fontsize=9, fontweight="normal")
 
 
 def draw(step=UPDATES):
     for name, image in images.items():
-        image.set_data(frames[name][step])
+        image.set_data(paths[name][step].dense())
     fig.suptitle(f"Each K after {step} updates, in its structure")
 
 
@@ -146,7 +145,7 @@ fig.canvas.draw()
 # Dense :math:`K` shows stripes at distance eight: pixels above each other.
 # Each structure keeps the part of this picture that it has room for.
 
-K = learned["dense"].dense()
+K = paths["dense"][-1].dense()
 stripe, between = (K.diagonal(j).abs().mean() for j in (8, 5))
 assert stripe > 1.5 * between
 
@@ -154,10 +153,9 @@ assert stripe > 1.5 * between
 # What they cost, and what that buys
 # ----------------------------------
 #
-# Three bars for each structure. *Stored*: the numbers in a factor of size
-# 1,024. *Time*: of one :math:`K K^\top X`, the product of
-# every step, where :math:`X` has 64 columns. *Gap*: what the update above
-# minimises is
+# *Stored*: the numbers in a factor of size 1,024. *Time*: of one
+# :math:`K K^\top X`, the product of every step, with 64 columns in :math:`X`.
+# *Gap*: the update above minimises
 # :math:`\operatorname{Tr}(K^\top (U + \lambda I) K) - \log\det K K^\top`. The
 # gap is how far the digits' :math:`K` ends above the best dense one.
 
@@ -171,24 +169,23 @@ def milliseconds(K, X):
     return 1e3 * min(times)
 
 
-def objective(K):
+def gap_of(K, S):
     logdet = 2 * torch.linalg.slogdet(K.dense()).logabsdet
-    return (torch.trace(K.tmm(S @ K.dense())) - logdet).item()
+    best = 64 + torch.logdet(S)  # at K K^T = S^{-1}
+    return (torch.trace(K.tmm(S @ K.dense())) - logdet - best).item()
 
 
-best = 64 + torch.logdet(S).item()  # at K K^T = S^{-1}
 members = {name: random_member(s, 1024) for name, s in zoo.items()}
 X = torch.randn(1024, 64)
 stored = {name: K.numel for name, K in members.items()}
 ms = {name: milliseconds(K, X) for name, K in members.items()}
-gap = {name: objective(K) - best for name, K in learned.items()}
+gap = {name: gap_of(path[-1], S) for name, path in paths.items()}
 for name in zoo:
     print(f"{name:17} {stored[name]:9,} numbers, gap {gap[name]:.0f}")
 
 # %%
-# Dense is the largest and the slowest by far; mind the logarithmic axes. The
-# gap shrinks with storage, but not in step with it: the smallest gap after
-# dense belongs to ``hierarchical15_15``, at 3 % of the storage.
+# Dense is the largest and the slowest; mind the logarithmic axes. The smallest
+# gap after dense belongs to ``hierarchical15_15``, at 3 % of the storage.
 
 fig, axes = plt.subplots(1, 3, figsize=(8.4, 3.8), sharey=True)
 panels = (
@@ -209,11 +206,10 @@ assert round(stored["hierarchical15_15"] / stored["dense"], 2) == 0.03
 assert max(gap, key=gap.get) == "diagonal"
 
 # %%
-# The four rank-4 triangles store the same 5,116 numbers. Yet two of them
-# leave nearly twice the gap of the other two. In ``triurank4first`` and
-# ``trilrank4last``, other inputs may be correlated through the dense four. In
-# the other two, they count as uncorrelated with each other. Neighbouring
-# pixels are not.
+# The four rank-4 triangles store the same 5,116 numbers. Yet two of them leave
+# nearly twice the gap of the other two. In ``triurank4first`` and
+# ``trilrank4last``, the other inputs may be correlated through the dense four.
+# In the other two they count as uncorrelated.
 
 ranks = ("trilrank4first", "triurank4first", "trilrank4last", "triurank4last")
 assert {stored[name] for name in ranks} == {5116}
@@ -224,12 +220,11 @@ assert gap["triurank4last"] > 1.8 * gap["trilrank4last"]
 # When not to use this
 # --------------------
 #
-# The gap is measured on one :math:`U`, of one data set. It is no ranking of
-# structures. For that, train: see :doc:`/structures` for how to choose.
+# The gap is measured on one :math:`U`. It is no ranking of structures. For
+# that, train: see :doc:`/structures` for how to choose.
 #
 # .. admonition:: Lessons learned
 #
-#    - A structure is a name and a size; ``structure(n)`` is its identity.
 #    - Every structure but dense stores a few numbers per input.
 #    - Equal storage does not mean equal use: the layout must fit the data.
 #    - What looks full may be cheap (Toeplitz), and the other way round.
@@ -241,15 +236,25 @@ assert gap["triurank4last"] > 1.8 * gap["trilrank4last"]
 #
 # .. dropdown:: Solution
 #
-#    Insert ``x = x[:, torch.randperm(64)]``. Dense and diagonal stay as they
-#    are: a permutation maps each of these sets to itself. All others change,
-#    since blocks, corners and distances then hold other pixels.
+#    Those of dense and diagonal: a permutation maps each of these sets to
+#    itself. All others change, since blocks, corners and distances then hold
+#    other pixels.
 #
-# Where to go next: why most projections double some entries
+#    .. code-block:: python
+#
+#        order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+#        mixed = S[order][:, order]
+#        same = set()
+#        for name, structure in zoo.items():
+#            again = gap_of(learn(structure, mixed)[-1], mixed)
+#            if abs(again - gap[name]) < 1e-6:
+#                same.add(name)
+#        assert same == {"dense", "diagonal"}
+#
+# Where to go next: why projections double some entries
 # (:ref:`sphx_glr_auto_gallery_4_structures_plot_41_why_twice.py`), which
 # patterns are allowed
 # (:ref:`sphx_glr_auto_gallery_4_structures_plot_42_closure.py`), how to write
 # your own
-# (:ref:`sphx_glr_auto_gallery_4_structures_plot_43_your_own_structure.py`).
-# The functions are :func:`~singd.registered_structures` and
-# :class:`~singd.StructuredMatrix`.
+# (:ref:`sphx_glr_auto_gallery_4_structures_plot_43_your_own_structure.py`),
+# and :func:`~singd.registered_structures`.

@@ -213,7 +213,16 @@ assert abs(slopes[1] - 1) < 0.05
 #
 #    The diagonal entries are free, and each appears in :math:`M + M^\top` as
 #    :math:`2 M_{ii}`. Least squares sets it to :math:`N_{ii}`. So
-#    :math:`P(N)_{ii} = N_{ii}`.
+#    :math:`P(N)_{ii} = N_{ii}`. (Toeplitz members do not contain them, and
+#    keep the trace as well.)
+#
+#    .. code-block:: python
+#
+#        for name, structure in zoo.items():
+#            P = structure(SIZE, dtype=torch.float64).project(Y).dense()
+#            torch.testing.assert_close(P.trace(), N.trace())
+#            same = torch.allclose(P.diagonal(), N.diagonal())
+#            assert same == ("toeplitz" not in name)
 #
 # Where to go next: which patterns are allowed at all
 # (:ref:`sphx_glr_auto_gallery_4_structures_plot_42_closure.py`), the list of

@@ -214,9 +214,18 @@ assert end["tridiagonal, cut"] < end["blocks of 3, closed"]
 #
 # .. dropdown:: Solution
 #
-#    ``closure((i + j) % 2 == 0)`` returns the pattern itself. Even inputs
-#    reach even ones only. Sorted by parity, it is ``block32diagonal``.
+#    It is: even inputs reach even ones only. Sorted by parity, it is
+#    ``block32diagonal``.
+#
+#    .. code-block:: python
+#
+#        even = (i + j) % 2 == 0
+#        assert torch.equal(closure(even), even)
+#        order = torch.cat([torch.arange(0, N, 2), torch.arange(1, N, 2)])
+#        assert torch.equal(even[order][:, order], i // 32 == j // 32)
 #
 # Where to go next: :ref:`sphx_glr_auto_gallery_4_structures_plot_40_zoo.py`
-# draws all closed structures; :doc:`/structures` lists their projections;
-# :doc:`/concepts` derives the update.
+# draws all closed structures,
+# :ref:`sphx_glr_auto_gallery_4_structures_plot_43_your_own_structure.py` adds
+# one; :doc:`/structures` lists their projections; :doc:`/concepts` derives the
+# update.

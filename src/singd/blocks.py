@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from singd.layers import LayerKind, find_kind
 from singd.options import dtypes, resolve
-from singd.structures import Dense, DenseProduct, StructuredMatrix
+from singd.structures import OuterProduct, StructuredMatrix
 
 SIDES = ("K", "C")
 
@@ -34,7 +35,9 @@ class Block:
     frozen_shape: bool = False  # whether factors exist, so that the bias cannot join any more
     _blueprints: dict[str, tuple[str, int, StructuredMatrix]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, StructuredMatrix]] = field(default_factory=dict)
-    _products: dict[str, tuple[Tensor, DenseProduct]] = field(default_factory=dict)
+    _products: dict[str, tuple[Tensor, OuterProduct | StructuredMatrix]] = field(
+        default_factory=dict
+    )
 
     @property
     def name(self) -> str:
@@ -49,10 +52,16 @@ class Block:
         """``(d_o, d_i)``, the bias column counted."""
         return self.kind.size(self.modules[0], self.bias is not None)
 
-    def gradient(self) -> Tensor:
-        """The gradient as one matrix, ``[d_o, d_i]``, with zeros for a parameter that has none."""
+    def gradient(self, known: Mapping[nn.Parameter, Tensor] | None = None) -> Tensor:
+        """The gradient as one matrix, ``[d_o, d_i]``, with zeros for a parameter that has none.
+
+        Args:
+            known: Gradients that are there as a whole already, of sharded parameters.
+        """
+        known = known or {}
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        weight, *bias = (whole(g) for g in grads)
+        pairs = zip(self.params, grads, strict=True)
+        weight, *bias = (known[p] if p in known else whole(g) for p, g in pairs)
         return self.kind.to_matrix(self.modules[0], weight, bias[0] if bias else None)
 
     def structures(self) -> dict[str, Any]:
@@ -87,14 +96,21 @@ class Block:
             self._views[key] = known
         return known[1]
 
-    def product(self, key: str, flat: Tensor) -> DenseProduct | StructuredMatrix:
+    def remember(self, key: str, flat: Tensor, matrix: StructuredMatrix) -> None:
+        """Take a matrix for the view on ``flat``, its own numbers, if they are the same memory."""
+        self._views.pop(key, None)  # the old one would keep its memory until the next update
+        own = matrix.tensors()
+        if len(own) == 1 and own[0].data_ptr() == flat.data_ptr():
+            self._views[key] = (flat, matrix)
+
+    def product(self, key: str, flat: Tensor) -> OuterProduct | StructuredMatrix:
         """K K^T (or C C^T) where it is worth keeping between updates, else the factor itself."""
         matrix = self.view(key, flat)
-        if not isinstance(matrix, Dense) or self.group["T"] == 1:
+        if self.group["T"] == 1:
             return matrix
         known = self._products.get(key)
         if known is None or known[0] is not flat:  # every update makes a new tensor
-            known = (flat, DenseProduct(matrix.a @ matrix.a.T))
+            known = (flat, matrix.outer_product() or matrix)
             self._products[key] = known
         return known[1]
 

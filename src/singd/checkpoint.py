@@ -18,13 +18,21 @@ FACTORS = ("K", "C", "m_K", "m_C")
 OWN_DTYPE = (*FACTORS, "exp_avg", "exp_avg_sq")  # may differ from the parameter's
 
 
-def pack(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A snapshot of torch's state dict: tensors copied, options as plain values."""
-    return {
+def pack(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot of torch's state dict: tensors copied, options as plain values, the factors of all ranks."""
+    packed = {
         **state_dict,
         "state": {index: _copied(entry) for index, entry in state_dict["state"].items()},
         "param_groups": [_copied(options.saved(group)) for group in state_dict["param_groups"]],
     }
+    ownership = optimizer._ownership
+    if ownership.divided:
+        blocks = [b for b in optimizer._blocks if "step" in optimizer.state.get(b.weight, {})]
+        factors = ownership.gathered(blocks, FACTORS, optimizer.state, "state_dict")
+        found = dict(zip((b.weight for b in blocks), factors, strict=True))
+        for p, entry, _ in _pairs(optimizer, packed):
+            entry.update(_copied(found.get(p, {})))
+    return packed
 
 
 def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +141,8 @@ def rewind(optimizer: SINGD) -> None:
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = state["step"] * 0
+        if "last_update" in state:
+            state["last_update"] = -1
         if "momentum_buffer" in state:  # it holds the weight decay already
             state["momentum_buffer"].zero_()
 

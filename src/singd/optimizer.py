@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, distributed, options, report, scaler, torch_steps
+from singd import checkpoint, distributed, exchange, options, report, scaler, torch_steps
 from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
+from singd.ownership import Ownership
 from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
 from singd.structures import StructuredMatrix
 from singd.update import Outer, moved_factor, natural_gradient, riemannian_momenta
+from singd.wrapping import Wrapping
 
 
 class Factors(NamedTuple):
@@ -69,12 +71,19 @@ class SINGD(torch.optim.Optimizer):
         fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); None: leave
             them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
-        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` of dense factors between updates (T > 1):
-            half the cost of a step, for half of the factors' memory again.
+        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates (T > 1) of all but diagonal and
+            Toeplitz factors: of dense ones, half the cost of a step. It takes half of the factors' memory again.
         average_gradients: With several processes: average the gradients over them in ``step``. None: unless
-            ``model`` is wrapped in DistributedDataParallel, which has done it then.
+            DistributedDataParallel has done it. (One that is built after SINGD is seen in its forwards, for
+            a short message per step.)
             The loss of the whole is the mean of the ranks' losses: with unequal batches multiply a rank's mean
             by ``ranks * its samples / all samples``, and a sum over samples by ``ranks``.
+        shard_factors: With several processes: each rank keeps and updates the factors of its share of the
+            layers, and computes their natural gradients for all. Layers stay whole, so the result is the same.
+            The factors take about 1/N of the memory; K and C of other ranks come for the time of an update
+            (with ``T=1``, always).
+            ``state_dict``, ``factors`` and ``stats`` gather from all ranks: call them on every rank. If you
+            change ``T`` between steps, an update that it brings in the very next step is left out.
 
     Raises:
         TypeError: For an option of the wrong type.
@@ -104,6 +113,7 @@ class SINGD(torch.optim.Optimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         cache_products: bool = True,
         average_gradients: bool | None = None,
+        shard_factors: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
@@ -127,7 +137,11 @@ class SINGD(torch.optim.Optimizer):
         options.check_singd(defaults)
         self._fallback = options.fallback_options(fallback)
         model, averaged = unwrapped(model)
-        self.average_gradients = not averaged if average_gradients is None else average_gradients
+        self.average_gradients = (
+            False if averaged and average_gradients is None else average_gradients
+        )
+        self._wrapping = Wrapping()
+        self._ownership = Ownership(shard_factors)
         self._slots = find_slots(model)
         self._blocks, self._reasons = find_blocks(model)
         self._names = {p: n for n, p in model.named_parameters()}
@@ -276,11 +290,14 @@ class SINGD(torch.optim.Optimizer):
         block = self._block_of.get(layer)
         if block is None:
             return None
-        step = self.state[block.weight].get("step", 0) if block.weight in self.state else 0
-        return block if step % block.group["T"] == 0 else None
+        state = self.state.get(block.weight, {})
+        due = state.get("step", 0) % block.group["T"] == 0 and self._ownership.ready(block, state)
+        return block if due else None
 
     @torch.no_grad()
     def _gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
+        if self._due(layer) is None:  # there was a step between this forward and its backward
+            return
         scale = None
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.scale(torch.ones((), device=g.device))
@@ -301,12 +318,16 @@ class SINGD(torch.optim.Optimizer):
         self._follow()
         super().zero_grad(set_to_none)
         self._statistics.clear()
+        self._wrapping.clear()
 
     def _factor(self, block: Block, key: str) -> StructuredMatrix:
-        """A view on the state; before the first step, the identity."""
-        if block.weight not in self.state:
-            return block.identity(key)
-        state = self.state[block.weight]
+        """A view on the state; before the first step, the identity. For gathering, also another rank's."""
+        state = self.state.get(block.weight, {})
+        if key not in state:
+            handed = self._ownership.handed.get(block)
+            if handed is None:
+                return block.identity(key)
+            return block.blueprint(key).from_flat(handed[key].to(block.weight.device))
         if state[key].device != block.weight.device:  # the model was moved
             state[key] = state[key].to(block.weight.device)
         return block.view(key, state[key])
@@ -342,13 +363,22 @@ class SINGD(torch.optim.Optimizer):
         self._follow()
         lr_covs = self._lr_covs()
         rehearsal = checkpoint.is_rehearsal(self)
+        self._ownership.assign(self._blocks)
         if distributed.world_size() > 1 and not rehearsal:
-            self._exchange()
-        directions: dict[nn.Parameter, Tensor] = {}
-        for block in self._used_blocks():
+            exchange.start(self).finish()
+        used = self._used_blocks()
+        for block in used:
             with without_autocast(block.weight.device):
-                directions.update(self._step_block(block, lr_covs.get(block, 0.0)))
+                self._advance(block, lr_covs.get(block))
         self._statistics.clear()
+        self._wrapping.clear()
+        found = self._natural_gradients(used, rehearsal)
+        directions = {}
+        for block, N in self._ownership.natural_gradients(found, rehearsal):
+            parts = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
+            for p, d in zip(block.params, parts, strict=False):
+                if d is not None:
+                    directions[p] = distributed.placed_like(d.to(p.dtype), p)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if group["algorithm"] == "adamw":
@@ -357,6 +387,8 @@ class SINGD(torch.optim.Optimizer):
                 torch_steps.sgd_step(group, params, [directions[p] for p in params], self.state)
         if rehearsal:
             checkpoint.rewind(self)
+        else:
+            self._ownership.hand_out(self._blocks, used, self.state)
         return loss
 
     def _lr_covs(self) -> dict[Block, float]:
@@ -371,16 +403,6 @@ class SINGD(torch.optim.Optimizer):
 
     def _used_blocks(self) -> list[Block]:
         return [b for b in self._blocks if b.active and any(p.grad is not None for p in b.params)]
-
-    def _exchange(self) -> None:
-        """Give all processes the same gradients and statistics."""
-        if self.average_gradients:
-            params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-            params = [p for p in params if not hasattr(p, "full_tensor")]
-            scaler.check_averaging(self.grad_scaler if params else None)
-            distributed.average_gradients(params)
-        due = [b for b in self._used_blocks() if self._due(b.modules[0]) is not None]
-        distributed.reduce_statistics(due, self._statistics)
 
     def _check_before_step(self) -> None:
         scaler.check(self)
@@ -398,14 +420,17 @@ class SINGD(torch.optim.Optimizer):
         asking = sys._getframe(1).f_locals.get("self")
         return self.grad_scaler is None and isinstance(asking, torch.amp.GradScaler)
 
-    def _step_block(self, block: Block, lr_cov: float) -> dict[nn.Parameter, Tensor]:
+    def _advance(self, block: Block, lr_cov: float | None) -> None:
+        """Count a step of the block, and update its factors if they are due and kept here."""
         state = self.state[block.weight]
-        if "K" not in state:
-            self._initialise(block, state)
+        if "step" not in state:
+            self._ownership.initialise(block, state)
         statistics = self._statistics.get(block)
-        if state["step"] % block.group["T"] == 0:
+        if lr_cov is not None:
             if statistics is not None:
                 self._update_factors(block, state, statistics, lr_cov)
+            elif not self._ownership.keeps(block):
+                state["last_update"] = state["step"]  # its owner does it
             elif block not in self._heard and _has_some(block.weight.grad):
                 self._heard.add(block)
                 warnings.warn(
@@ -415,20 +440,22 @@ class SINGD(torch.optim.Optimizer):
                     stacklevel=4,
                 )
         state["step"] += 1
-        K, C = (self._outer(block, side) for side in SIDES)
-        N = natural_gradient(K, C, block.gradient())
-        weight, bias = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
-        parts = zip(block.params, (weight, bias), strict=False)
-        return {p: distributed.placed_like(d.to(p.dtype), p) for p, d in parts if d is not None}
 
-    def _initialise(self, block: Block, state: dict[str, Any]) -> None:
-        state["step"] = 0
-        state["last_update"] = -1
-        for side in SIDES:
-            eye = block.identity(side)
-            state[side] = eye.flat()
-            state["m_" + side] = torch.zeros_like(state[side])
-        block.frozen_shape = True
+    def _natural_gradients(
+        self, blocks: list[Block], rehearsal: bool
+    ) -> Iterator[tuple[Block, Tensor | None]]:
+        """That of each block, [d_o, d_i]; None of one that another rank owns."""
+        for block, whole in distributed.whole_gradients(blocks):
+            dW = block.gradient(whole)
+            if rehearsal:
+                yield block, dW  # it is zero
+            elif not self._ownership.keeps(block):
+                yield block, None
+            else:
+                with without_autocast(block.weight.device):
+                    K, C = (self._outer(block, side) for side in SIDES)
+                    N = natural_gradient(K, C, dW)
+                yield block, N
 
     def _update_factors(
         self, block: Block, state: dict[str, Any], statistics: Statistics, lr_cov: float
@@ -448,18 +475,25 @@ class SINGD(torch.optim.Optimizer):
         step = {"lr_cov": lr_cov, "normalize": group["normalize_lr_cov"], "weight": some}
         new = (moved_factor(K, new_m_K, **step), moved_factor(C, new_m_C, **step), new_m_K, new_m_C)
         for key, matrix in zip(checkpoint.FACTORS, new, strict=True):
-            state[key] = matrix.to(dtype=state[key].dtype).flat()
+            matrix = matrix.to(dtype=state[key].dtype)
+            state[key] = matrix.flat()
+            block.remember(key, state[key], matrix)
         state["last_update"] = state["step"]
 
     # -- checkpoints and copies ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, of plain values only, and a snapshot: training on does not change it."""
+        """As in torch, of plain values only, and a snapshot: training on does not change it.
+
+        With ``shard_factors`` it holds the factors of all ranks, and every rank must call it.
+        """
         self._follow()
-        return checkpoint.pack(super().state_dict())
+        return checkpoint.pack(self, super().state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As in torch, but the factors keep their own dtype, and what doesn't fit is refused.
+
+        With ``shard_factors`` each rank keeps its share; saved by how many ranks, does not matter.
 
         Args:
             state_dict: From :meth:`state_dict`; it is not changed.
@@ -474,10 +508,8 @@ class SINGD(torch.optim.Optimizer):
         checkpoint.restore(self, state_dict)
         self._statistics.clear()
         self._index()
-        for block in self._blocks:
-            block.frozen_shape = (
-                "K" in self.state[block.weight] if block.weight in self.state else False
-            )
+        self._ownership.assign(self._blocks)
+        self._ownership.keep_own(self._blocks, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
@@ -491,6 +523,8 @@ class SINGD(torch.optim.Optimizer):
             "grad_scaler",
             "cache_products",
             "average_gradients",
+            "_ownership",
+            "_wrapping",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -509,6 +543,8 @@ class SINGD(torch.optim.Optimizer):
     def factors(self, layer: nn.Module | str) -> Factors:
         """A layer's preconditioner as structured matrices; copies, which training does not change.
 
+        With ``shard_factors`` every rank must ask for it: its owner hands it out.
+
         Args:
             layer: The layer, or its name in the model.
 
@@ -521,14 +557,18 @@ class SINGD(torch.optim.Optimizer):
                 if block.weight not in self.state:
                     zero = {s: block.identity(s) * 0.0 for s in SIDES}
                     return Factors(block.identity("K"), block.identity("C"), zero["K"], zero["C"])
+                flat = self._ownership.gathered([block], checkpoint.FACTORS, self.state, "factors")
                 return Factors(
-                    *(self._factor(block, key).map(torch.clone) for key in checkpoint.FACTORS)
+                    *(block.blueprint(key[-1]).from_flat(v.clone()) for key, v in flat[0].items())
                 )
         known = ", ".join(repr(n) for b in self._blocks if b.active for n in b.names)
         raise ValueError(f"SINGD doesn't precondition layer {layer!r}; choose from {known}.")
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Diagnostics of every layer after a step, as plain numbers; see :func:`singd.report.stats`."""
+        """Diagnostics of every layer after a step, as plain numbers; see :func:`singd.report.stats`.
+
+        With ``shard_factors``, and of a model under ``fully_shard``, every rank must ask for them.
+        """
         return report.stats(self)
 
     def __repr__(self) -> str:

@@ -98,14 +98,16 @@ def stats(optimizer: SINGD) -> dict[str, dict[str, float]]:
           momentum buffer.
         - ``cosine``: between gradient and natural gradient; nan when the gradient is cleared already.
         - ``age``: steps since the factors were last updated.
-        - ``state_bytes``.
+        - ``state_bytes``: those of this rank.
     """
     result = {}
-    for block in optimizer._blocks:
-        if not block.active or "K" not in optimizer.state.get(block.weight, {}):
-            continue
+    blocks = [
+        b for b in optimizer._blocks if b.active and "step" in optimizer.state.get(b.weight, {})
+    ]
+    for block in blocks:
         state = optimizer.state[block.weight]
-        factors = {key: optimizer._factor(block, key) for key in FACTORS}
+        numbers = optimizer._ownership.gathered([block], FACTORS, optimizer.state, "stats")[0]
+        factors = {key: block.blueprint(key[-1]).from_flat(v) for key, v in numbers.items()}
         line: dict[str, float] = {}
         for key, matrix in factors.items():
             line["norm_" + key] = float(matrix.norm())

@@ -101,17 +101,14 @@ def gather(
     b = kind.grad_rows(layer, g, x, approx=group["kfac_approx"], dtype=dtype_C)
     H_K = K.to(dtype=dtype_K).sandwich(a)
     H_C = C.to(dtype=dtype_C).sandwich(b)
-    # both are positive semi-definite, so that no entry exceeds the trace
-    finite = torch.isfinite(H_K.trace()) & torch.isfinite(H_C.trace())
-    count = torch.zeros((), dtype=torch.promote_types(dtype_K, torch.float32), device=g.device)
-    for t in H_K.tensors() + H_C.tensors():
-        t.masked_fill_(~finite, 0.0)
+    # both are positive semi-definite, so that no entry exceeds the trace, and no trace is negative
+    finite = torch.isfinite(H_K.trace() + H_C.trace())
+    if finite.device.type != "cpu" or not finite:  # only on a CPU it costs nothing to look
+        for t in H_K.tensors() + H_C.tensors():
+            t.masked_fill_(~finite, 0.0)
+    seen = finite.to(torch.promote_types(dtype_K, torch.float32))
     return Statistics(
-        H_K,
-        H_C,
-        torch.where(finite, count + a.count, count),
-        torch.where(finite & (a.count > 0), count + terms, count),
-        _backward_number(),
+        H_K, H_C, seen * a.count, seen * (terms if a.count else 0), _backward_number()
     )
 
 
@@ -209,6 +206,7 @@ class Watch:
         optimizer = self.optimizer()
         if optimizer is None or not torch.is_grad_enabled():
             return
+        optimizer._wrapping.saw_forward(optimizer)
         block = optimizer._due(layer)
         if (
             block is None

@@ -62,15 +62,18 @@ def adamw_step(
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(device=p.device, dtype=accumulation_dtype(p.dtype))
     mine = [states[p] for p in params]
+    grads = [p.grad for p in params if p.grad is not None]
     # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
     wide = [p.to(accumulation_dtype(p.dtype)) for p in params]
     adamw(
         wide,
-        [p.grad.to(w.dtype) for p, w in zip(params, wide, strict=True) if p.grad is not None],
+        [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)],
         [s["exp_avg"] for s in mine],
         [s["exp_avg_sq"] for s in mine],
         [],
         [s["step"] for s in mine],
+        fused=_one_pass([*params, *grads, *(s[n] for s in mine for n in ("exp_avg", "exp_avg_sq"))])
+        or None,
         has_complex=any(p.is_complex() for p in params),
         amsgrad=False,
         beta1=group["betas"][0],
@@ -83,6 +86,20 @@ def adamw_step(
     for p, w in zip(params, wide, strict=True):
         if w is not p:
             p.copy_(w)
+
+
+def _one_pass(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's fused kernel may be used, which saves most of the time of small parameters on a CPU.
+
+    It reads memory in order, whatever the strides say; elsewhere torch chooses well itself.
+    """
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and t.is_floating_point()
+        and t.is_contiguous()
+        for t in tensors
+    )
 
 
 def _beside(tensor: Tensor, p: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 @dataclass
 class Workload:
-    """A network, its batch, and what the Kronecker factors need to know of it."""
+    """A network and its batch."""
 
     model: Callable[[], nn.Module]
     inputs: tuple[int, ...]
     classes: int
-    kfac_approx: str = "expand"
 
     def batch(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -63,12 +62,12 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """4 blocks of width 192 on 64 tokens: 32 x 32 images in 4 x 4 patches."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 192, depth: int = 4) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, 192, 4, 4)
-        self.position = nn.Parameter(torch.zeros(1, 64, 192))
-        self.blocks = nn.Sequential(*(Block(192, 3) for _ in range(4)))
-        self.norm, self.head = nn.LayerNorm(192), nn.Linear(192, 10)
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(torch.zeros(1, 64, width))
+        self.blocks = nn.Sequential(*(Block(width, 3) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).mT + self.position
@@ -79,4 +78,24 @@ WORKLOADS = {
     "mlp": Workload(mlp, (128, 784), 10),
     "cnn": Workload(cnn, (32, 3, 32, 32), 10),
     "vit": Workload(ViT, (16, 3, 32, 32), 10),
+}
+
+
+def _small_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
+
+
+# for a look at whether everything runs
+SMALL = {
+    "mlp": Workload(
+        lambda: nn.Sequential(nn.Linear(40, 32), nn.ReLU(), nn.Linear(32, 10)), (8, 40), 10
+    ),
+    "cnn": Workload(_small_cnn, (2, 3, 8, 8), 10),
+    "vit": Workload(lambda: ViT(12, 1), (2, 3, 32, 32), 10),
 }

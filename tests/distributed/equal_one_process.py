@@ -3,8 +3,11 @@
 Each rank trains its own twin on the whole batch first, alone, and then together with the others on its share.
 """
 
+import contextlib
 import copy
+import io
 import itertools
+import operator
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from models import MODELS, model_and_batches
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import SINGD, registered_structures
+from singd import SINGD, distributed, registered_structures
 
 LR = dict(lr=0.05, lr_cov=0.2, damping=0.1)
 
@@ -25,7 +28,7 @@ def loss_of(output, target, average):
     return nn.functional.cross_entropy(output, target)
 
 
-def run(name, wrapper, shares, parts=1, **options):
+def run(name, wrapper, shares, parts=1, shard_factors=False, **options):
     """Train both; return the largest difference of a weight, and of K of the last layer."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = sum(shares)
@@ -35,6 +38,7 @@ def run(name, wrapper, shares, parts=1, **options):
 
     alone = SINGD(twin, average_gradients=False, **LR, **options)
     alone_step(alone, twin, batches, average)
+    options["shard_factors"] = shard_factors
 
     if wrapper == "ddp":
         trained = DistributedDataParallel(model)
@@ -72,8 +76,6 @@ def run(name, wrapper, shares, parts=1, **options):
 
 def alone_step(optimizer, model, batches, average):
     """Train without any communication, though the group is there."""
-    from singd import distributed
-
     world_size, distributed.world_size = distributed.world_size, lambda: 1
     for x, y in batches:
         optimizer.zero_grad()
@@ -108,7 +110,7 @@ def cases():
             )  # fmt: skip
 
 
-def a_layer_that_one_rank_does_not_use():
+def a_layer_that_one_rank_does_not_use(**options):
     """Rank 1 skips the middle layer; all ranks end with the same weights and factors."""
 
     class Skipping(nn.Module):
@@ -124,7 +126,7 @@ def a_layer_that_one_rank_does_not_use():
         torch.manual_seed(0)
         model = Skipping()
         trained = DistributedDataParallel(model, find_unused_parameters=True) if wrapped else model
-        optimizer = SINGD(trained, T=1, lr=0.05, lr_cov=0.2)
+        optimizer = SINGD(trained, T=1, lr=0.05, lr_cov=0.2, **options)
         for _ in range(3):
             optimizer.zero_grad()
             trained(torch.randn(4, 6)).square().mean().backward()
@@ -138,6 +140,107 @@ def a_layer_that_one_rank_does_not_use():
         assert not torch.equal(optimizer.factors("b").K.dense(), torch.eye(7))
 
 
+@contextlib.contextmanager
+def recorded():
+    """What a step does, in order: the sizes of its all_reduces ("~" for one that it doesn't wait for)."""
+    seen, reduce, finish = [], dist.all_reduce, distributed.Reduction.finish
+
+    def all_reduce(tensor, *args, async_op=False, **options):
+        seen.append(("~" if async_op else "") + str(tensor.numel()))
+        return reduce(tensor, *args, async_op=async_op, **options)
+
+    def waited(sums):
+        seen.append("wait")
+        finish(sums)
+
+    dist.all_reduce, distributed.Reduction.finish = all_reduce, waited
+    yield seen
+    dist.all_reduce, distributed.Reduction.finish = reduce, finish
+
+
+def what_a_step_sends():
+    """Statistics travel while gradients do; these are not averaged where a wrapper has done it.
+
+    A wrapper that has not all parameters, or a forward past it, leaves some gradients of each rank: then all
+    are averaged (again), and every rank ends with the same weights.
+    """
+    expected = {
+        "first": ["~{S}", "wait"],
+        "afterwards": ["{F}", "~{S}", "wait"],
+        "none": ["{F}", "~{S}", "{G}", "wait"],
+        "of a part": ["{F}", "~{S}", "{G}", "wait"],
+        "but one forward past it": ["{F}", "~{S}", "{G}", "wait"],
+        "never in sync": ["{F}", "~{S}", "{G}", "wait"],
+    }
+    S = 2 * (3 * 3 + 2) + 3 * 3 + 4 * 4  # H_K, H_C and two counts of [3, 2 + 1] and of [3, 3 + 1]
+    F, G = 4 + 2, 3 * 3 + 3 * 4  # a flag per parameter, and two on the wrapper
+    for wrapper, sent in expected.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
+        trained, part = model, model[1]
+        if wrapper == "first":
+            trained = DistributedDataParallel(model)
+        optimizer = SINGD(trained, T=2, lr=0.05, lr_cov=0.2)
+        if wrapper == "of a part":
+            part = DistributedDataParallel(model[1])
+        elif wrapper not in ("first", "none"):
+            trained = DistributedDataParallel(model)
+        torch.manual_seed(dist.get_rank())
+        for step in range(4):
+            x = torch.randn(4, 2)
+            optimizer.zero_grad()
+            if wrapper == "of a part":
+                part(model[0](x)).square().mean().backward()
+            elif wrapper == "never in sync":
+                with trained.no_sync():
+                    trained(x).square().mean().backward()
+            else:
+                trained(x).square().mean().backward()
+            if wrapper == "but one forward past it":
+                model(x).square().mean().backward()
+            with recorded() as seen:
+                optimizer.step()
+            due = sent if step % 2 == 0 else [s for s in sent if s != "~{S}"]
+            assert seen == [s.format(S=S, F=F, G=G) for s in due], (wrapper, seen)
+        mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+        theirs = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(theirs, mine)
+        assert all(torch.equal(t, theirs[0]) for t in theirs), wrapper
+
+
+def any_rank_can_save():
+    """Under DDP all ranks have the same state dict, and that of any one resumes in one process."""
+    model, batches = model_and_batches("mlp", steps=5, batch=8)
+    network = DistributedDataParallel(model)
+    optimizer = SINGD(network, T=2, **LR)
+    twin = copy.deepcopy(model)
+    alone = SINGD(twin, T=2, average_gradients=False, **LR)
+    for x, y in batches[:3]:
+        x, y = (t.chunk(dist.get_world_size())[dist.get_rank()] for t in (x, y))
+        optimizer.zero_grad()
+        loss_of(network(x), y, "batch").backward()
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    files = [None] * dist.get_world_size()
+    dist.all_gather_object(files, file.getvalue())
+    states = [torch.load(io.BytesIO(f), weights_only=True) for f in files]
+    leaves = [torch.utils._pytree.tree_leaves(s) for s in states]
+    assert len(leaves[0]) > 20
+    for mine, theirs in zip(leaves[0], leaves[1], strict=True):
+        same = torch.equal if isinstance(mine, torch.Tensor) else operator.eq
+        assert same(mine, theirs)
+    alone_step(alone, twin, batches, "batch")
+    for state in states:
+        resumed = copy.deepcopy(model)
+        other = SINGD(resumed, T=2, average_gradients=False, **LR)
+        resumed.load_state_dict(state["model"])
+        other.load_state_dict(state["optimizer"])
+        alone_step(other, resumed, batches[3:], "batch")
+        for p, q in zip(resumed.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+
+
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -147,6 +250,8 @@ def main():
         assert difference < 1e-10, (case, difference)
         count += 1
     a_layer_that_one_rank_does_not_use()
+    what_a_step_sends()
+    any_rank_can_save()
     leave(f"{count} cases equal")
 
 

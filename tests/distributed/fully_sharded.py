@@ -14,21 +14,23 @@ from models import model_and_batches
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from singd import SINGD, registered_structures
+from singd import SINGD, distributed, registered_structures
 
 OPTIONS = dict(lr=0.05, lr_cov=0.2, damping=0.1, T=2)
 
 
-def sharded(model, policy):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def sharded(model, policy, grid=None):
+    grid = grid or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", grid, mesh_dim_names=("copy", "shard")[-len(grid) :])
     for layer in model.children():
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def run(name, first, policy=None, norm=False, **options):
+def run(name, first, policy=None, norm=False, shard_factors=False, grid=None, **options):
     """Train both; return the largest difference of a weight or a factor."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     shares = [2, 6, 3, 5][:ranks]
@@ -39,13 +41,14 @@ def run(name, first, policy=None, norm=False, **options):
     options = {**OPTIONS, **options}
     alone = SINGD(twin, average_gradients=False, **options)
     alone_step(alone, twin, batches, "batch")
+    options["shard_factors"] = shard_factors
 
     policy = policy or MixedPrecisionPolicy()
     if first == "optimizer":
         optimizer = SINGD(model, **options)
-        sharded(model, policy)
+        sharded(model, policy, grid)
     else:
-        optimizer = SINGD(sharded(model, policy), **options)
+        optimizer = SINGD(sharded(model, policy, grid), **options)
     start = sum(shares[:rank])
     mine = slice(start, start + shares[rank])
     for x, y in batches:
@@ -70,6 +73,53 @@ def run(name, first, policy=None, norm=False, **options):
     return max(differences).item()
 
 
+def gathered_gradients():
+    """One gather gives what ``full_tensor`` gives parameter by parameter."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, calls = getattr(dist, name), []
+
+    def counted(*args, **options):
+        calls.append(args[1].numel())
+        return gather(*args, **options)
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(dist.get_rank())
+    params = []
+    for shape in ((1,), (5, 3), (7,), (8, 2, 3), (3, 1)):
+        for dtype in (torch.float32, torch.float64):
+            whole = torch.randn(shape, dtype=dtype)
+            p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+            p.grad = distribute_tensor(torch.randn(shape, dtype=dtype), mesh, [Shard(0)])
+            params.append(p)
+    other = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(1)]))
+    other.grad = other.detach().clone()
+    missing = nn.Parameter(distribute_tensor(torch.randn(4), mesh, [Shard(0)]))
+    setattr(dist, name, counted)
+    found = distributed.gathered([*params, other, missing, nn.Parameter(torch.ones(2))])
+    setattr(dist, name, gather)
+    assert found.keys() == set(params) and len(calls) == 2  # one per dtype
+    for p in params:
+        assert torch.equal(found[p], p.grad.full_tensor()) and found[p].abs().min() > 0
+
+
+def buckets():
+    """A model larger than a bucket takes several gathers, and trains the same."""
+    size, gathered, calls = distributed.BUCKET, distributed.gathered, []
+
+    def counted(params):
+        found = gathered(params)
+        calls.extend([found] if found else [])  # (the twin's are whole already)
+        return found
+
+    distributed.gathered = counted
+    for bytes_, gathers in ((size, 5), (200, 15)):  # five steps of three layers
+        calls.clear()
+        distributed.BUCKET = bytes_
+        assert run("mlp", "shards") < 1e-10
+        assert len(calls) == gathers
+    distributed.BUCKET, distributed.gathered = size, gathered
+
+
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -79,6 +129,11 @@ def main():
         assert difference < 1e-10, (name, first, difference)
         count += 1
     assert run("mlp", "shards", norm=True) < 1e-10
+    gathered_gradients()
+    buckets()
+    if dist.get_world_size() == 4:  # two copies, each spread over two ranks
+        for shard in (False, True):
+            assert run("mlp", "shards", grid=(2, 2), shard_factors=shard) < 1e-10
     for structure in registered_structures():
         difference = run("mlp", "shards", structures=(structure, structure))
         assert difference < 1e-10, (structure, difference)

@@ -1,5 +1,9 @@
-"""Started by torchrun with ``save DIR`` or ``resume DIR``: checkpoints of sharded models."""
+"""Started by torchrun with ``save DIR`` or ``resume DIR``: checkpoints of sharded models.
 
+With and without ``shard_factors``, and from either into the other.
+"""
+
+import itertools
 import sys
 
 import torch
@@ -46,31 +50,38 @@ def load(folder, model, optimizer):
     )
 
 
-def main(what, folder):
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    model, batches = made()
-    twin, _ = made()
-    alone = SINGD(twin, average_gradients=False, **OPTIONS)
-    alone_step(alone, twin, batches, "batch")
-
+def sharded(**options):
+    """The model under ``fully_shard``, and its optimizer."""
+    model, _ = made()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = SINGD(model, **OPTIONS)
-    if what == "save":
-        dcp.save(state_of(model, optimizer), checkpoint_id=folder + "/start")
-        for batch in batches[:SAVED_AT]:
-            step(model, optimizer, batch)
-        dcp.save(state_of(model, optimizer), checkpoint_id=folder + "/middle")
-        check(model, optimizer, batches[SAVED_AT:], twin, alone)
-    else:
-        for start, name in ((0, "/start"), (SAVED_AT, "/middle")):
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(2.0)  # nothing of what was here before may stay
-            load(folder + name, model, optimizer)
-            check(model, optimizer, batches[start:], twin, alone)
+    return model, SINGD(model, **OPTIONS, **options)
+
+
+def main(what, folder):
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    twin, batches = made()
+    alone = SINGD(twin, average_gradients=False, **OPTIONS)
+    alone_step(alone, twin, batches, "batch")
+    for saved, shard in itertools.product((False, True), repeat=2):
+        place = f"{folder}/{saved}"
+        if what == "save" and saved == shard:
+            model, optimizer = sharded(shard_factors=shard)
+            dcp.save(state_of(model, optimizer), checkpoint_id=place + "/start")
+            for batch in batches[:SAVED_AT]:
+                step(model, optimizer, batch)
+            dcp.save(state_of(model, optimizer), checkpoint_id=place + "/middle")
+            check(model, optimizer, batches[SAVED_AT:], twin, alone)
+        if what == "resume":
+            model, optimizer = sharded(shard_factors=shard)
+            for start, name in ((0, "/start"), (SAVED_AT, "/middle")):
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(2.0)  # nothing of what was here before may stay
+                load(place + name, model, optimizer)
+                check(model, optimizer, batches[start:], twin, alone)
     leave("resumed" if what == "resume" else "saved")
 
 

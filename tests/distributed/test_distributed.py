@@ -1,35 +1,8 @@
 """Several processes on this machine, started by torchrun on the loopback interface."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
-
-HERE = pathlib.Path(__file__).parent
-PATH = os.pathsep.join(str(p) for p in (HERE.parent.parent / "src", HERE.parent))
-
-
-def torchrun(script, processes, *arguments, timeout=100):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": PATH,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    command += [f"--nproc-per-node={processes}", str(HERE / script), *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, timeout=timeout, capture_output=True, text=True, check=False
-    )
+from launch import torchrun
 
 
 @pytest.mark.skipif(
@@ -39,6 +12,15 @@ def test_two_processes_equal_one():
     done = torchrun("equal_one_process.py", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) > 40
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shared_out_factors_change_nothing_but_the_memory(processes):
+    done = torchrun("shard_factors.py", processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, measured, counted = done.stdout.splitlines()
+    assert int(counted.split()[0]) > 50
+    print(measured)  # of factors, in bytes
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -63,6 +45,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all():
 
 def test_a_scaler_needs_gradients_that_are_averaged_before_it_looks():
     done = torchrun("failures.py", 2, "unwrapped")
+    assert done.returncode == 0 and "as expected" in done.stdout, done.stderr[-3000:]
+
+
+def test_one_rank_that_asks_alone_for_shared_out_factors_gets_an_error():
+    done = torchrun("failures.py", 2, "one_asks_alone")
     assert done.returncode == 0 and "as expected" in done.stdout, done.stderr[-3000:]
 
 

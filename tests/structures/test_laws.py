@@ -53,6 +53,11 @@ def test_products_with_dense(name, n, dtype):
         close(A.outer(wide), a @ (a.T @ w), dtype)
         close(A.co_outer(wide), a.T @ (a @ w), dtype)
         close(A.T.outer(wide), a.T @ (a @ w), dtype)
+        close((A.outer_product() or A).outer(wide), a @ (a.T @ w), dtype)
+        close((A.T.outer_product() or A.T).outer(wide), a.T @ (a @ w), dtype)
+    with torch.no_grad():
+        close(A @ X, a @ x, dtype)
+        close(A.tmm(X.T.contiguous().T), a.T @ x, dtype)
     assert (A @ X).dtype == dtype
 
 

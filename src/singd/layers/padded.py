@@ -1,4 +1,8 @@
-"""An input with its padding, which is made when it is needed and for a few examples at a time."""
+"""An input with its padding, which is made when it is needed and for a few examples at a time.
+
+Padding only puts entries elsewhere, repeats them or adds zeros. It therefore commutes with everything that
+is done entry by entry, or summed over examples or channels.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,9 @@ class PaddedInput:
 
     Attributes:
         x: The input, [B, ...].
-        pad: Makes of any part of the batch the padded input [B, C, *n], in `dtype`.
+        pad: Pads the last dimensions of any tensor [*, *, ...] with the input's sizes.
         shape: The shape (C, *n) of one padded example.
+        groups: How many groups of C channels the input has; their mean is what the kernel meets.
         dtype: The dtype after padding.
         zeros: For each axis, how many rows at its start and its end are known to be zero.
     """
@@ -27,6 +32,7 @@ class PaddedInput:
     x: Tensor
     pad: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
+    groups: int
     dtype: torch.dtype
     zeros: list[tuple[int, int]]
 
@@ -37,7 +43,12 @@ class PaddedInput:
 
     def tensor(self) -> Tensor:
         """The padded input, [B, C, *n]."""
-        return self.pad(self.x)
+        return self.pad(self.unpadded())
+
+    def unpadded(self) -> Tensor:
+        """The input before its padding, averaged over the groups: [B, C, ...]."""
+        x = self.x.to(self.dtype)
+        return x if self.groups == 1 else x.unflatten(1, (self.groups, -1)).mean(1)
 
     def split(self, growth: float) -> Iterator[PaddedInput]:
         """Parts of the batch small enough to work on.

@@ -41,7 +41,7 @@ class PatchKind(LayerKind):
 
     @abstractmethod
     def padded(self, layer: Any, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
-        """The input x [B, C_in, *n], spread and padded."""
+        """A tensor x [B, C, *n] with any number of channels, spread and padded."""
 
     @abstractmethod
     def stride(self, layer: Any) -> tuple[int, ...]:
@@ -58,15 +58,14 @@ class PatchKind(LayerKind):
         padding = self.padding(layer, sizes, output)
 
         def pad(part: Tensor) -> Tensor:
-            padded = self.padded(layer, part, padding).to(dtype)
-            return padded if groups == 1 else padded.unflatten(1, (groups, -1)).mean(1)
+            return self.padded(layer, part, padding)
 
         ends = zip(sizes, padding, strict=True)
         shape = (batched.shape[1] // groups, *(n + before + after for n, (before, after) in ends))
         zero = layer.padding_mode == "zeros"
         zeros = [(max(0, b), max(0, a)) if zero else (0, 0) for b, a in padding]
         kernel = Kernel(layer.kernel_size, self.stride(layer), layer.dilation)
-        return PatchRows(PaddedInput(batched, pad, shape, dtype, zeros), kernel)
+        return PatchRows(PaddedInput(batched, pad, shape, groups, dtype, zeros), kernel)
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
         patches = self.patches(layer, x, x.dtype)

@@ -86,11 +86,14 @@ class PatchRows(Rows):
 
     def _window_totals(self, over_batch: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
         """Sums over batch and positions, [d], given the sum over the batch."""
-        # The batch first, which leaves next to nothing to slide over.
-        total = self._zeros(*self._padded.shape)
-        for part in self._padded.split(growth=2.0):
-            total += over_batch(part.tensor(), total.dtype)
-        return window_sums(total, self._kernel).flatten().to(self._padded.dtype)
+        # The batch first, which leaves next to nothing to pad and to slide over.
+        padded, total = self._padded, None
+        for part in padded.split(growth=2.0):
+            sums = over_batch(part.unpadded(), wide(padded.dtype))
+            total = sums if total is None else total.add_(sums)
+        assert total is not None  # an empty batch is one part
+        total = padded.pad(total[None])[0]
+        return window_sums(total, self._kernel).flatten().to(padded.dtype)
 
     def _zeros(self, *shape: int) -> Tensor:
         """Where to sum up."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from singd.products import symmetric
+
 
 class Rows(ABC):
     """A matrix A [m, d] that answers questions about A^T A.
@@ -33,7 +35,7 @@ class Rows(ABC):
     def gram(self) -> Tensor:
         """A^T A, [d, d]."""
         A = self.matrix()
-        return A.T @ A
+        return symmetric(A.T, A)
 
     def squares(self) -> Tensor:
         """The diagonal of A^T A, [d]: the sums of squares of the columns."""
@@ -162,7 +164,12 @@ class DenseRows(Rows):
         return tuple(range(self._rows.ndim - 1))
 
     def squares(self) -> Tensor:
-        return self._rows.square().sum(self._leading)
+        rows = self._rows
+        if rows.ndim == 3 and rows.stride(-2) == 1:  # [B, positions, d] of a convolution
+            # one pass along contiguous positions, where square and sum would make a tensor between them
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=wide(rows.dtype))
+            return norms.square().sum(0).to(rows.dtype)
+        return rows.square().sum(self._leading)
 
     def sums(self) -> Tensor:
         return self._rows.sum(self._leading)

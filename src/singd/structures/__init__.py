@@ -1,8 +1,8 @@
 """Structured matrices: sets of square matrices closed under addition, scaling and multiplication."""
 
-from singd.structures.base import StructuredMatrix, Transposed
+from singd.structures.base import OuterProduct, StructuredMatrix, Transposed
 from singd.structures.block_diagonal import BlockDiagonal
-from singd.structures.dense import Dense, DenseProduct
+from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 from singd.structures.registry import (
     Structure,
@@ -16,8 +16,8 @@ from singd.structures.triangular import Upper
 __all__ = [
     "BlockDiagonal",
     "Dense",
-    "DenseProduct",
     "Diagonal",
+    "OuterProduct",
     "Structure",
     "StructuredMatrix",
     "Transposed",

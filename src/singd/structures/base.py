@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from singd.structures import picture
+from singd.structures.border import Border
 
 Self = TypeVar("Self", bound="StructuredMatrix")
 
@@ -28,6 +30,18 @@ class RowsLike(Protocol):
     def mm(self, Y: Tensor) -> Tensor: ...
     def tmm(self, Y: Tensor) -> Tensor: ...
     def narrow(self, start: int, stop: int) -> RowsLike: ...
+
+
+@dataclass(eq=False)
+class OuterProduct:
+    """A A^T, formed once for many products: half their cost, for about as many numbers again as A has."""
+
+    multiply: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+
+    def outer(self, X: Tensor) -> Tensor:
+        """A A^T X for a dense X, [n, m]."""
+        return self.multiply(X)
 
 
 @dataclass(eq=False, repr=False)
@@ -89,6 +103,10 @@ class StructuredMatrix(ABC):
         """A^T A X for a dense X, [n, m]."""
         return self.tmm(self.mm(X))
 
+    def outer_product(self) -> OuterProduct | None:
+        """A A^T to keep for many products, or None where that gains nothing."""
+        return None
+
     def gram(self: Self) -> Self:
         """P(A^T A)."""
         return self.project(self.tmm(self._identity()))
@@ -130,13 +148,27 @@ class StructuredMatrix(ABC):
     def __matmul__(self, other: Any) -> Any:
         return self.mm(other) if isinstance(other, Tensor) else self.compose(other)
 
+    # -- a border of dense rows around a diagonal --------------------------------------------------------
+
+    def border(self, transposed: bool = False) -> Border | None:
+        """The matrix (or its transpose) as a diagonal with dense rows, or None if it is of another form."""
+        return None
+
+    def with_border(self: Self, border: Border, transposed: bool, off: float = 1.0) -> Self:
+        """The member of this structure with these rows; the inverse of ``border``.
+
+        Args:
+            border: A diagonal and rows at the places of this matrix' own.
+            transposed: Whether they are those of the transpose.
+            off: A factor for the blocks off the diagonal: 2 makes of N the projection P(N).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no border.")
+
     # -- a vector space, number by number ----------------------------------------------------------------
 
     def map(self: Self, function: Callable[..., Tensor], *others: Self) -> Self:
         """Apply a function to each tensor, together with those of other matrices of the same structure."""
-        parts = zip(
-            *([getattr(A, f.name) for f in fields(A)] for A in (self, *others)), strict=True
-        )
+        parts = zip(*(A._stored() for A in (self, *others)), strict=True)
         return type(self)(
             *(
                 p[0].map(function, *p[1:]) if isinstance(p[0], StructuredMatrix) else function(*p)
@@ -193,10 +225,21 @@ class StructuredMatrix(ABC):
     def tensors(self) -> list[Tensor]:
         """The stored tensors, in a fixed order."""
         found: list[Tensor] = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            found += value.tensors() if isinstance(value, StructuredMatrix) else [value]
+        for value in self._stored():
+            if isinstance(value, Tensor):
+                found.append(value)
+            else:
+                found += value.tensors()
         return found
+
+    def _stored(self) -> list[Any]:
+        """The values of the fields: tensors and structured matrices."""
+        return [getattr(self, name) for name in _field_names(type(self))]
+
+    def _first(self) -> Tensor:
+        """The first of the stored tensors."""
+        first = self._stored()[0]
+        return first if isinstance(first, Tensor) else first._first()
 
     def with_tensors(self: Self, tensors: Sequence[Tensor]) -> Self:
         """The matrix of this structure that stores other tensors; the inverse of ``tensors``."""
@@ -229,11 +272,11 @@ class StructuredMatrix(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensors()[0].dtype
+        return self._first().dtype
 
     @property
     def device(self) -> torch.device:
-        return self.tensors()[0].device
+        return self._first().device
 
     def to(self: Self, *, dtype: torch.dtype | None = None, device: Any = None) -> Self:
         """The matrix in another dtype or on another device; itself if nothing changes."""
@@ -295,6 +338,10 @@ class Transposed(StructuredMatrix):
     def co_outer(self, X: Tensor) -> Tensor:
         return self.of.outer(X)
 
+    def outer_product(self) -> OuterProduct | None:
+        form = self.border()
+        return None if form is None else OuterProduct(form.cogram().symmetric_mm, form.d.dtype)
+
     def sandwich(self, rows: RowsLike) -> Transposed:
         return Transposed(self.of.co_sandwich(rows))
 
@@ -309,6 +356,17 @@ class Transposed(StructuredMatrix):
 
     def trace(self) -> Tensor:
         return self.of.trace()
+
+    def border(self, transposed: bool = False) -> Border | None:
+        return self.of.border(not transposed)
+
+    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Transposed:
+        return Transposed(self.of.with_border(border, not transposed, off))
+
+
+@cache
+def _field_names(structure: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(structure))
 
 
 def wide(t: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.base import RowsLike, StructuredMatrix, wide
+from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, wide
 
 
 @dataclass(eq=False, repr=False)
@@ -33,12 +33,24 @@ class BlockDiagonal(StructuredMatrix):
         return X[: whole * k].unflatten(0, (whole, k)), X[whole * k :]
 
     def mm(self, X: Tensor) -> Tensor:
-        top, bottom = self._split(X)
-        return torch.cat([(self.blocks @ top).flatten(0, 1), self.last @ bottom])
+        return self._times(self.blocks, self.last, X)
 
     def tmm(self, X: Tensor) -> Tensor:
+        return self._times(self.blocks.mT, self.last.T, X)
+
+    def _times(self, blocks: Tensor, last: Tensor, X: Tensor) -> Tensor:
+        """diag(blocks, last) X."""
         top, bottom = self._split(X)
-        return torch.cat([(self.blocks.mT @ top).flatten(0, 1), self.last.T @ bottom])
+        if torch.is_grad_enabled():  # autograd writes into no given memory
+            return torch.cat([(blocks @ top).flatten(0, 1), last @ bottom])
+        out = X.new_empty(X.shape)  # both products into one place, instead of a copy of them
+        head, tail = self._split(out)
+        torch.bmm(blocks, top, out=head)
+        torch.mm(last, bottom, out=tail)
+        return out
+
+    def outer_product(self) -> OuterProduct:
+        return OuterProduct(self.cogram().mm, self.last.dtype)
 
     def outer(self, X: Tensor) -> Tensor:
         if X.shape[1] < self.blocks.shape[1]:

@@ -8,22 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.base import RowsLike, StructuredMatrix, wide
-
-
-@dataclass(eq=False)
-class DenseProduct:
-    """A A^T of a dense A, formed once for many products: half their cost, for n^2 more numbers."""
-
-    product: Tensor  # [n, n]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.product.dtype
-
-    def outer(self, X: Tensor) -> Tensor:
-        """A A^T X for a dense X, [n, m]."""
-        return self.product @ X
+from singd.products import halving_pays, multiply, symmetric
+from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, wide
+from singd.structures.border import Border
 
 
 @dataclass(eq=False, repr=False)
@@ -41,16 +28,16 @@ class Dense(StructuredMatrix):
         return self.a.shape[0]
 
     def mm(self, X: Tensor) -> Tensor:
-        return self.a @ X
+        return multiply(self.a, X)
 
     def tmm(self, X: Tensor) -> Tensor:
-        return self.a.T @ X
+        return multiply(self.a.T, X)
 
     def compose(self, other: Dense) -> Dense:
-        return Dense(self.a @ other.a)
+        return Dense(multiply(self.a, other.a))
 
     def project(self, Y: Tensor) -> Dense:
-        return Dense(Y @ Y.T)
+        return Dense(symmetric(Y, Y.T))
 
     def project_pair(self, V: Tensor, W: Tensor) -> Dense:
         N = V @ W.T
@@ -64,28 +51,40 @@ class Dense(StructuredMatrix):
         return self
 
     def outer(self, X: Tensor) -> Tensor:
-        if X.shape[1] > self.n:  # one product with the wide X instead of two
-            return (self.a @ self.a.T) @ X
-        return self.a @ (self.a.T @ X)
+        # One product with a wide X instead of two, if A A^T itself costs less than the second.
+        cost = self.n / 2 if halving_pays(self.n, self.n, X.device) else self.n
+        if X.shape[1] > cost:
+            return multiply(symmetric(self.a, self.a.T), X)
+        return self.mm(self.tmm(X))
 
     def gram(self) -> Dense:
-        return Dense(self.a.T @ self.a)
+        return Dense(symmetric(self.a.T, self.a))
 
     def cogram(self) -> Dense:
-        return Dense(self.a @ self.a.T)
+        return Dense(symmetric(self.a, self.a.T))
 
     def sandwich(self, rows: RowsLike) -> Dense:
-        if rows.count <= 2 * self.n:
-            return self.project(self.a.T @ rows.matrix().T)  # 2 m n^2 multiplications
-        return Dense(
-            self.a.T @ (rows.gram() @ self.a)
-        )  # m n^2 + 2 n^3, or less where rows are lazy
+        # With halves 1.5 m n^2 multiplications, or m n^2 / 2 + 1.5 n^3 and less where rows are lazy.
+        if rows.count <= 1.5 * self.n:
+            return self.project(self.tmm(rows.matrix().T))
+        return Dense(symmetric(self.a.T, multiply(rows.gram(), self.a)))
 
     def co_sandwich(self, rows: RowsLike) -> Dense:
         return Dense(self.a.T).sandwich(rows)
 
     def dense(self) -> Tensor:
         return self.a
+
+    def outer_product(self) -> OuterProduct:
+        kept = Dense(self.cogram().a.contiguous())  # without the room behind its rows
+        return OuterProduct(kept.mm, self.dtype)
+
+    def border(self, transposed: bool = False) -> Border:
+        rows = self.a.T if transposed else self.a
+        return Border(self.a.new_zeros(self.n), rows, [(0, self.n)])
+
+    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Dense:
+        return Dense(border.R.T if transposed else border.R)
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.a, dtype=wide(self.a))

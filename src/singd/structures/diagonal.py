@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from singd.structures.base import RowsLike, StructuredMatrix, wide
+from singd.structures.border import Border
 
 
 @dataclass(eq=False, repr=False)
@@ -61,6 +62,12 @@ class Diagonal(StructuredMatrix):
 
     def co_sandwich(self, rows: RowsLike) -> Diagonal:
         return self.sandwich(rows)
+
+    def border(self, transposed: bool = False) -> Border:
+        return Border(self.d, self.d.new_zeros(0, self.n), [])
+
+    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Diagonal:
+        return Diagonal(border.d)
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.d, dtype=wide(self.d))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.base import RowsLike, StructuredMatrix, Transposed
+from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, Transposed
+from singd.structures.border import Border
 from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 
@@ -19,7 +20,8 @@ from singd.structures.diagonal import Diagonal
 class Upper(StructuredMatrix):
     """[[A, B], [0, D]] with structured A and D and a dense B.
 
-    P(N) = [[P(N11), 2 N12], [0, P(N22)]].
+    P(N) = [[P(N11), 2 N12], [0, P(N22)]]. Where it is a diagonal with a border of rows (or its transpose is),
+    that form is used, else recursion over the blocks.
     """
 
     A: StructuredMatrix  # k x k
@@ -55,7 +57,46 @@ class Upper(StructuredMatrix):
         top, bottom = self._split(X)
         return torch.cat([self.A.tmm(top), self.B.T @ top + self.D.tmm(bottom)])
 
+    def border(self, transposed: bool = False) -> Border | None:
+        k, n = self.A.n, self.n
+        # the block whose rows are dense, and the one that may have a border of its own
+        whole, part = (self.D, self.A) if transposed else (self.A, self.D)
+        inner = part.border(transposed) if isinstance(whole, Dense) else None
+        if inner is None:
+            return None
+        zeros = self.B.new_zeros(whole.n)
+        R = self.B.new_zeros(whole.n + len(inner.R), n)
+        if transposed:  # [[A^T, 0], [B^T, D^T]]
+            R[: -whole.n or None, :k] = inner.R
+            R[len(inner.R) :] = torch.cat([self.B, self.D.dense()]).T
+            return Border(torch.cat([inner.d, zeros]), R, [*inner.places, (k, n)])
+        torch.cat([self.A.dense(), self.B], dim=1, out=R[:k])
+        R[k:, k:] = inner.R
+        places = [(0, k), *((k + start, k + stop) for start, stop in inner.places)]
+        return Border(torch.cat([zeros, inner.d]), R, places)
+
+    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Upper:
+        k = self.A.n
+        if transposed:
+            r = len(border.R) - self.D.n
+            inner = Border(border.d[:k], border.R[:r, :k], border.places[:-1])
+            B, D = border.R[r:, :k].T, Dense(border.R[r:, k:].T)
+            return Upper(self.A.with_border(inner, transposed, off), _times(B, off), D)
+        places = [(start - k, stop - k) for start, stop in border.places[1:]]
+        inner = Border(border.d[k:], border.R[k:, k:], places)
+        A, B = Dense(border.R[:k, :k]), border.R[:k, k:]
+        return Upper(A, _times(B, off), self.D.with_border(inner, transposed, off))
+
+    def _form(self) -> tuple[Border | None, bool]:
+        """This matrix' border form, or else its transpose's; and whether it is the transpose's."""
+        form = self.border()
+        return (form, False) if form is not None else (self.border(transposed=True), True)
+
     def compose(self, other: Upper) -> Upper:
+        (form, transposed), (theirs, _) = self._form(), other._form()
+        if form is not None and theirs is not None:
+            product = theirs.compose(form) if transposed else form.compose(theirs)
+            return self.with_border(product, transposed)
         B = self.A.mm(other.B) + other.D.tmm(self.B.T).T
         return Upper(self.A.compose(other.A), B, self.D.compose(other.D))
 
@@ -72,12 +113,22 @@ class Upper(StructuredMatrix):
         return self.A.trace() + self.D.trace()
 
     def outer(self, X: Tensor) -> Tensor:
+        form, transposed = self._form()
+        if form is not None:
+            return form.co_outer(X) if transposed else form.outer(X)
         top, bottom = self._split(X)
         z = self.D.tmm(bottom).addmm_(self.B.T, top)  # the lower part of A^T X
         upper = self.A.mm(self.A.tmm(top)).addmm_(self.B, z)
         return torch.cat([upper, self.D.mm(z)])
 
+    def outer_product(self) -> OuterProduct | None:
+        form = self.border()
+        return None if form is None else OuterProduct(form.cogram().symmetric_mm, form.d.dtype)
+
     def co_outer(self, X: Tensor) -> Tensor:
+        form, transposed = self._form()
+        if form is not None:
+            return form.outer(X) if transposed else form.co_outer(X)
         top, bottom = self._split(X)
         z = self.A.mm(top).addmm_(self.B, bottom)  # the upper part of A X
         lower = self.D.tmm(self.D.mm(bottom)).addmm_(self.B.T, z)
@@ -87,6 +138,10 @@ class Upper(StructuredMatrix):
     # the two diagonal blocks is the small one decides, and nothing of size n x n is formed.
 
     def sandwich(self, rows: RowsLike) -> Upper:
+        form, transposed = self._form()
+        if form is not None:
+            N = form.co_sandwich(rows) if transposed else form.sandwich(rows)
+            return self.with_border(N, transposed, off=2.0)
         k, n = self.A.n, self.n
         R1, R2 = rows.narrow(0, k), rows.narrow(k, n)
         if n - k < k:  # Y = R1 B + R2 D is narrow
@@ -100,6 +155,10 @@ class Upper(StructuredMatrix):
         return Upper(self.A.sandwich(R1), 2 * self.A.tmm(X), second)
 
     def co_sandwich(self, rows: RowsLike) -> Upper:
+        form, transposed = self._form()
+        if form is not None:
+            N = form.sandwich(rows) if transposed else form.co_sandwich(rows)
+            return self.with_border(N, transposed, off=2.0)
         k, n = self.A.n, self.n
         R1, R2 = rows.narrow(0, k), rows.narrow(k, n)
         if k < n - k:  # Y = R1 A^T + R2 B^T is narrow
@@ -119,16 +178,28 @@ class Upper(StructuredMatrix):
         return self
 
     def gram(self) -> Upper:
+        form, transposed = self._form()
+        if form is not None:
+            N = form.cogram() if transposed else form.gram()
+            return self.with_border(N, transposed, off=2.0)
         # A^T A = [[A^T A, A^T B], [., B^T B + D^T D]]
         return Upper(
             self.A.gram(), 2 * self.A.tmm(self.B), self.D.gram() + self.D.project(self.B.T)
         )
 
     def cogram(self) -> Upper:
+        form, transposed = self._form()
+        if form is not None:
+            N = form.gram() if transposed else form.cogram()
+            return self.with_border(N, transposed, off=2.0)
         # A A^T = [[A A^T + B B^T, B D^T], [., D D^T]]
         return Upper(
             self.A.cogram() + self.A.project(self.B), 2 * self.D.mm(self.B.T).T, self.D.cogram()
         )
+
+
+def _times(B: Tensor, scale: float) -> Tensor:
+    return B if scale == 1.0 else B * scale
 
 
 def lower(make: Callable[..., StructuredMatrix]) -> Callable[..., StructuredMatrix]:

@@ -1,0 +1,133 @@
+"""What every page of the gallery has, as far as a machine can count it.
+
+The limits are those of a page that one can read, run and teach from: 300 to 600 words, 60 to 120 lines of code
+of at most 79 characters, three to five figures, four links or more, and a solution that runs. Whether the page
+is clear, no test can tell.
+"""
+
+import ast
+import importlib.util
+import pathlib
+import re
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+sphinx_gallery = pytest.importorskip("sphinx_gallery.py_source_parser")
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted((ROOT / "gallery").glob("*/plot_*.py"))
+INDENTED = r"(?:\n(?:[ \t]*\n)*\1[ \t]+[^\n]*)*"  # the lines below a directive in group 1
+ROLE = re.compile(r":(?:ref|doc|class|func|meth|attr|mod):`(?:[^`<]*<)?([^`>]*)>?`")
+
+
+def _tool():
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "tools" / "notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Page:
+    """A page's text and code."""
+
+    def __init__(self, path):
+        _, blocks = sphinx_gallery.split_code_and_text_blocks(str(path))
+        self.text = "\n\n".join(b[1] for b in blocks if b[0] == "text")
+        self.code = "\n".join(b[1] for b in blocks if b[0] == "code")
+        self.code = sphinx_gallery.remove_config_comments(self.code)
+        self.notebook = nbformat.read(ROOT / "notebooks" / f"{path.stem}.ipynb", as_version=4)
+
+    def directive(self, kind, title=""):
+        """The body of the first directive of this kind with this title."""
+        return re.search(rf"^()\.\. {kind}:: {title}\n({INDENTED})", self.text, re.M)[2]
+
+    def words(self):
+        """The words that are read: a formula or a piece of code in a sentence counts as one."""
+        text = re.sub(
+            rf"^( *)\.\. (math|code-block|list-table)::[^\n]*{INDENTED}", "", self.text, flags=re.M
+        )
+        text = re.sub(r"^ *\.\. [\w-]+::|^\s+:[\w-]+:", "", text, flags=re.M)
+        text = re.sub(r":\w+:`[^`]*`|``[^`]*``", "X", text)
+        return re.findall(r"[A-Za-z0-9][\w'’.%-]*", text)
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda p: p.stem)
+def page(request):
+    return Page(request.param)
+
+
+def test_its_length(page):
+    assert 300 <= len(page.words()) <= 600
+    code = [line.strip() for line in page.code.splitlines()]
+    code = [line for line in code if line and not line.startswith("#")]
+    assert 60 <= len(code) <= 120
+
+
+def test_lines_fit_a_narrow_column(request, page):
+    for line in (page.code + page.text).splitlines():
+        assert len(line) <= 79, line
+
+
+def test_it_draws_three_to_five_figures(page):
+    outputs = [o for c in page.notebook.cells for o in c.get("outputs", [])]
+    assert 3 <= sum("image/png" in o.get("data", {}) for o in outputs) <= 5
+
+
+def test_it_says_what_one_learns_and_needs(page):
+    learn = page.directive("admonition", "What you will learn")
+    assert len(re.findall(r"^ +- \*\*[A-Z][a-z]+\*\*", learn, re.M)) == 3, "three verbs, in bold"
+    assert re.search("You (need|should)", learn), "what to know before"
+
+
+def test_it_has_mathematics(page):
+    assert re.search(r"^\.\. math::", page.text, re.M)
+
+
+def test_it_asks_once_for_an_expectation(page):
+    assert len(re.findall(r"before (?:you run|running) on", page.text, re.I)) == 1
+
+
+def test_it_asserts_what_it_claims(page):
+    assert sum(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(page.code))) >= 3
+
+
+def test_it_says_when_not_to_use_this(page):
+    assert re.search(r"^When not to use (this|it)\n-+$", page.text, re.M)
+
+
+def test_it_ends_with_a_few_lessons(page):
+    lessons = page.directive("admonition", "Lessons learned")
+    assert 3 <= len(re.findall(r"^ +- ", lessons, re.M)) <= 5
+
+
+def test_its_exercise_has_a_solution_that_runs(page):
+    assert page.directive("admonition", "Exercise").strip()
+    assert page.directive("dropdown", "Solution").strip()
+    solutions = _tool().solutions(page.text)
+    assert solutions, "no code in the solution"
+    assert any(isinstance(n, ast.Assert) for n in ast.walk(ast.parse("\n".join(solutions))))
+    run = {c.source: c.execution_count for c in page.notebook.cells if c.cell_type == "code"}
+    assert all(run[s] for s in solutions), "not run in the notebook"
+
+
+def test_it_has_four_links_and_says_where_to_go_next(page):
+    links = set(ROLE.findall(page.text))
+    assert len(links) >= 4
+    assert re.search(r"^(Where to go next|Next):\s.*`", page.text, re.M | re.S)
+    stems = {p.stem for p in PAGES}
+    linked = [re.search(r"(plot_\w+)\.py$", link) for link in links]
+    assert {m[1] for m in linked if m} <= stems
+
+
+def test_it_runs_without_a_download_or_a_gpu(page):
+    """What a page needs comes with the packages that the gallery installs."""
+    assert not re.search(r"urllib|requests|download=True|fetch_\w+\(|\.cuda\(|\"cuda", page.code)
+
+
+def test_no_output_is_an_address(page):
+    """As of a last line that is a call: ``<Legend at 0x7f...>`` says nothing, and changes with every run."""
+    for cell in page.notebook.cells:
+        for output in cell.get("outputs", []):
+            shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            assert not re.search(r" at 0x|<bound method", shown), cell.source.splitlines()[-1]
