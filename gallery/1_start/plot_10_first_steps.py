@@ -236,7 +236,8 @@ assert max(accuracy) - min(accuracy) < 0.03
 # .. dropdown:: Solution
 #
 #    Blocks on the large input side shrink the state. It lies between those of
-#    the two structures above, and so does the loss.
+#    the two structures above. The loss is higher than with dense factors;
+#    against diagonal ones, one seed does not decide.
 #
 #    .. code-block:: python
 #
@@ -246,7 +247,7 @@ assert max(accuracy) - min(accuracy) < 0.03
 #
 #        OPTIMIZERS["SINGD, blocks"] = blocks
 #        _, loss_blocks, *_, state_blocks = fit("SINGD, blocks")
-#        assert loss["SINGD, dense"] < loss_blocks < loss["SINGD, diagonal"]
+#        assert loss["SINGD, dense"] < loss_blocks
 #        assert state["SINGD, diagonal"] < state_blocks < state["SINGD, dense"]
 #
 # Where to go next:

@@ -39,7 +39,7 @@ from torch import nn
 
 from singd import SINGD
 
-STEPS, BATCH, MICRO, LR, CLIP = 80, 100, 2, 1e-2, 2.0
+STEPS, BATCH, MICRO, LR, CLIP = 112, 100, 2, 1e-2, 2.0
 _ = torch.set_num_threads(1)
 
 # %%
