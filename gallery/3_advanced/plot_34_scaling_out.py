@@ -55,7 +55,7 @@ RANKS, NAMES = (1, 2, 4), ("dense", "block30diagonal", "diagonal")
 # Count and time it
 # -----------------
 #
-# Each run trains the same network three times, and writes down the length of
+# Each run trains the same network four times, and writes down the length of
 # every ``all_reduce`` of SINGD, the time of a step, and the factors that each
 # rank keeps.
 
