@@ -110,6 +110,9 @@ def _convolve(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
         X: [n, m].
         factors: For each convolution its t, and whether it is mirrored: the correlation, that is, the sum over
             j of t[j] X[i + j].
+
+    Returns:
+        [n, m], row by row in memory if X is, else column by column.
     """
     n, m = X.shape
     dtype = torch.promote_types(factors[0][0].dtype, X.dtype)
@@ -118,16 +121,20 @@ def _convolve(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     for t, mirrored in factors:
         spectrum = torch.fft.rfft(t.to(wide(t)), length)
         spectra.append(spectrum.conj().resolve_conj() if mirrored else spectrum)
-    # along contiguous rows: a transform along the columns of a matrix takes more than twice as long
+    # along contiguous rows: a transform along the columns of a matrix takes more than twice as long, and
+    # torch transposes a whole matrix faster than its parts
+    columns = X.T.contiguous()
     out = X.new_empty(m, n, dtype=dtype)
     step = max(1, CHUNK // length)
-    for source, target in zip(X.T.split(step), out.split(step), strict=True) if X.numel() else ():
-        rows = source.to(wide(X)).contiguous()
+    for source, target in (
+        zip(columns.split(step), out.split(step), strict=True) if X.numel() else ()
+    ):
+        rows = source.to(wide(X))
         for spectrum in spectra:
             product = torch.fft.rfft(rows, length).mul_(spectrum)
             rows = torch.fft.irfft(product, length)[:, :n]
         target.copy_(rows)
-    return out.T
+    return out.T.contiguous() if X.is_contiguous() else out.T
 
 
 def _diagonal_sums(N: Tensor) -> Tensor:
