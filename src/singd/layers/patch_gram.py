@@ -8,6 +8,7 @@ from singd.layers.padded import PaddedInput
 from singd.layers.rows import add_product_, wide
 from singd.layers.shifted_products import Plan
 from singd.layers.windows import Kernel, windows
+from singd.products import add_symmetric_, mirror_
 
 
 def shifted_gram(padded: PaddedInput, kernel: Kernel, plan: Plan) -> Tensor:
@@ -28,10 +29,17 @@ def shifted_gram(padded: PaddedInput, kernel: Kernel, plan: Plan) -> Tensor:
         x = part.tensor().movedim(2 + plan.axis, 2)
         x = x[:, :, plan.before : x.shape[2] - plan.after]
         phases = {phase: _unfold(x[:, :, phase::stride], rest) for phase in plan.phases}
-        for total, (U, V, shift, lo, hi) in zip(sums, plan.products, strict=True):
+        for total, product in zip(sums, plan.products, strict=True):
+            U, V, shift, lo, hi = product
             left = phases[U][:, lo:hi].flatten(1)
-            right = phases[V][:, lo + shift : hi + shift].flatten(1)
-            add_product_(total, left, right.T)
+            if product.symmetric:
+                add_symmetric_(total, left, left.T)
+            else:
+                right = phases[V][:, lo + shift : hi + shift].flatten(1)
+                add_product_(total, left, right.T)
+    for total, product in zip(sums, plan.products, strict=True):
+        if product.symmetric:
+            mirror_(total)
     return _assemble(sums, padded.shape[0], kernel, plan).to(padded.dtype)
 
 

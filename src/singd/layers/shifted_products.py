@@ -19,6 +19,7 @@ from itertools import combinations_with_replacement, pairwise
 from typing import NamedTuple
 
 from singd.layers.windows import Kernel
+from singd.products import symmetric_share
 
 
 class Product(NamedTuple):
@@ -37,6 +38,11 @@ class Product(NamedTuple):
     shift: int
     lo: int
     hi: int
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it is of rows with themselves, so that half of it will do."""
+        return self.U == self.V and self.shift == 0
 
 
 @dataclass
@@ -64,8 +70,13 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """The rows of all products together, the measure of the work."""
+        """The rows of all products together."""
         return sum(product.hi - product.lo for product in self.products)
+
+    def work(self, width: int) -> float:
+        """The rows to multiply, for products of this width: fewer where half of one will do."""
+        half = symmetric_share(width)
+        return sum((p.hi - p.lo) * (half if p.symmetric else 1.0) for p in self.products)
 
 
 def plan_products(kernel: Kernel, axis: int, n: int, zeros: tuple[int, int]) -> Plan:
@@ -120,16 +131,22 @@ def cheapest_plan(
     batch, channels, *sizes = shape
     width = channels * kernel.numel
     positions = [kernel.places(axis, n) for axis, n in enumerate(sizes)]
-    # Multiplications, plainly and by each plan. What else a plan costs was measured on a CPU and
-    # put in the same unit: starting each product, and moving the blocks to their places.
-    least = float(batch * width**2)
+    # Multiplications, plainly and by each plan. All else was measured on a CPU and put in the same
+    # unit: unfolding a number, starting a product, moving a number of the blocks to its place.
+    unfolded = float(batch * width)
     for o in positions:
-        least *= o
-    plain, best = least, None
+        unfolded *= o
+    whole, best = unfolded * width, None
+    least = whole * symmetric_share(width) + 100 * unfolded
     for axis, n in enumerate(sizes):
         plan = plan_products(kernel, axis, n, zeros[axis])
-        share = plan.rows / (positions[axis] * kernel.size[axis] ** 2)
-        cost = share * plain + 3e6 * len(plan.products) + 50 * width**2
+        share = plan.work(width // kernel.size[axis]) / (positions[axis] * kernel.size[axis] ** 2)
+        cost = (
+            share * whole
+            + 100 * unfolded / kernel.size[axis]
+            + 3e6 * len(plan.products)
+            + 50 * width**2
+        )
         if cost < least:
             least, best = cost, plan
     return best
