@@ -245,11 +245,11 @@ class SINGD(torch.optim.Optimizer):
 
     def _index(self) -> None:
         """Look up once what hooks and steps need: each block's group and each layer's block."""
-        group_of = {p: g for g in self.param_groups for p in g["params"]}
+        self._group_of = {p: g for g in self.param_groups for p in g["params"]}
         self._block_of = {}
         for block in self._blocks:
-            if block.active and block.weight in group_of:
-                block.group = group_of[block.weight]
+            if block.active and block.weight in self._group_of:
+                block.group = self._group_of[block.weight]
                 self._block_of.update(dict.fromkeys(block.modules, block))
 
     def _follow(self) -> None:
@@ -372,19 +372,11 @@ class SINGD(torch.optim.Optimizer):
                 self._advance(block, lr_covs.get(block))
         self._statistics.clear()
         self._wrapping.clear()
-        found = self._natural_gradients(used, rehearsal)
-        directions = {}
-        for block, N in self._ownership.natural_gradients(found, rehearsal):
-            parts = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
-            for p, d in zip(block.params, parts, strict=False):
-                if d is not None:
-                    directions[p] = distributed.placed_like(d.to(p.dtype), p)
+        torch_steps.sgd_steps(self._directions(used, rehearsal), self._group_of, self.state)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
             if group["algorithm"] == "adamw":
+                params = [p for p in group["params"] if p.grad is not None]
                 torch_steps.adamw_step(group, params, self.state)
-            else:
-                torch_steps.sgd_step(group, params, [directions[p] for p in params], self.state)
         if rehearsal:
             checkpoint.rewind(self)
         else:
@@ -441,6 +433,17 @@ class SINGD(torch.optim.Optimizer):
                 )
         state["step"] += 1
 
+    def _directions(
+        self, blocks: list[Block], rehearsal: bool
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The blocks' parameters that have a gradient, each with its natural gradient."""
+        found = self._natural_gradients(blocks, rehearsal)
+        for block, N in self._ownership.natural_gradients(found, rehearsal):
+            parts = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
+            for p, d in zip(block.params, parts, strict=False):
+                if d is not None and p.grad is not None:
+                    yield p, distributed.placed_like(d.to(p.dtype), p)
+
     def _natural_gradients(
         self, blocks: list[Block], rehearsal: bool
     ) -> Iterator[tuple[Block, Tensor | None]]:
@@ -454,7 +457,7 @@ class SINGD(torch.optim.Optimizer):
             else:
                 with without_autocast(block.weight.device):
                     K, C = (self._outer(block, side) for side in SIDES)
-                    N = natural_gradient(K, C, dW)
+                    N = natural_gradient(K, C, dW, overwrite=block.bias is not None)
                 yield block, N
 
     def _update_factors(

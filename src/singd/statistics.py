@@ -51,7 +51,8 @@ class Statistics:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The context for arithmetic of our own, where the user may have autocast on."""
-    if not torch.amp.is_autocast_available(device.type):
+    known = torch.amp.is_autocast_available(device.type)
+    if not known or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,41 @@ from torch.optim.sgd import sgd
 
 from singd.statistics import accumulation_dtype
 
+TOGETHER = 2**16
+"""How many numbers are moved at a time: so many are still in the cache, and small tensors share a call."""
 
-def sgd_step(
+
+def sgd_steps(
+    directions: Iterable[tuple[nn.Parameter, Tensor]],
+    group_of: Mapping[nn.Parameter, dict[str, Any]],
+    states: MutableMapping[Any, dict[str, Any]],
+) -> None:
+    """Move parameters along natural gradients while these are computed, so that few are held at a time.
+
+    Args:
+        directions: Parameters, each with its natural gradient, of its shape.
+        group_of: Each parameter's param_group.
+        states: The optimizer's state by parameter.
+    """
+    waiting: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}  # by group
+    numbers = 0
+
+    def move() -> None:
+        for pairs in waiting.values():
+            params, some = zip(*pairs, strict=True)
+            _sgd_step(group_of[params[0]], params, some, states)
+        waiting.clear()
+
+    for p, direction in directions:
+        waiting.setdefault(id(group_of[p]), []).append((p, direction))
+        numbers += p.numel()
+        if numbers >= TOGETHER:
+            move()
+            numbers = 0
+    move()
+
+
+def _sgd_step(
     group: dict[str, Any],
     params: Sequence[nn.Parameter],
     directions: Sequence[Tensor],
@@ -52,7 +85,13 @@ def adamw_step(
     params: Sequence[nn.Parameter],
     states: MutableMapping[Any, dict[str, Any]],
 ) -> None:
-    """One step of AdamW on parameters that have a gradient; arguments as for :func:`sgd_step`."""
+    """One step of AdamW.
+
+    Args:
+        group: The param_group.
+        params: Its parameters that have a gradient.
+        states: The optimizer's state by parameter; the moments are kept in it.
+    """
     for p in params:
         state = states[p]
         if "exp_avg" not in state:

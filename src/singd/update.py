@@ -29,6 +29,9 @@ class Outer(Protocol):
     def outer(self, X: Tensor) -> Tensor:
         """K K^T X for a dense X, [n, m]."""
 
+    def outer_(self, X: Tensor) -> Tensor:
+        """The same, where X may be overwritten: with the result, or with anything else."""
+
 
 def riemannian_momenta(
     K: StructuredMatrix,
@@ -90,16 +93,18 @@ def moved_factor(
     return (K @ m_K).mul_(-step).add_(K)
 
 
-def natural_gradient(K: Outer, C: Outer, dW: Tensor) -> Tensor:
+def natural_gradient(K: Outer, C: Outer, dW: Tensor, *, overwrite: bool = False) -> Tensor:
     r"""The natural gradient :math:`N = C C^\top \, dW \, K K^\top` of a layer.
 
     Args:
         K: The input factor, ``d_i`` x ``d_i``.
         C: The output-gradient factor, ``d_o`` x ``d_o``.
         dW: The gradient as a matrix, ``[d_o, d_i]``, of any dtype.
+        overwrite: Whether ``dW`` is not needed any more, so that its memory may be used.
 
     Returns:
         ``[d_o, d_i]`` in the dtype of ``C``.
     """
-    right = K.outer(dW.mT.to(K.dtype)).mT  # dW K K^T
-    return C.outer(right.to(C.dtype))
+    transposed = dW.mT.to(K.dtype)
+    right = (K.outer_(transposed) if overwrite else K.outer(transposed)).mT  # dW K K^T
+    return C.outer_(right.to(C.dtype))

@@ -38,10 +38,15 @@ class OuterProduct:
 
     multiply: Callable[[Tensor], Tensor]
     dtype: torch.dtype
+    multiply_: Callable[[Tensor], Tensor] | None = None  # the same, where X may be overwritten
 
     def outer(self, X: Tensor) -> Tensor:
         """A A^T X for a dense X, [n, m]."""
         return self.multiply(X)
+
+    def outer_(self, X: Tensor) -> Tensor:
+        """The same, where X may be overwritten."""
+        return (self.multiply_ or self.multiply)(X)
 
 
 @dataclass(eq=False, repr=False)
@@ -99,6 +104,10 @@ class StructuredMatrix(ABC):
         """A A^T X for a dense X, [n, m]."""
         return self.mm(self.tmm(X))
 
+    def outer_(self, X: Tensor) -> Tensor:
+        """A A^T X, where X may be overwritten: with the result, or with anything else."""
+        return self.outer(X)
+
     def co_outer(self, X: Tensor) -> Tensor:
         """A^T A X for a dense X, [n, m]."""
         return self.tmm(self.mm(X))
@@ -153,6 +162,14 @@ class StructuredMatrix(ABC):
     def border(self, transposed: bool = False) -> Border | None:
         """The matrix (or its transpose) as a diagonal with dense rows, or None if it is of another form."""
         return None
+
+    def _border_product(self) -> OuterProduct | None:
+        """A A^T from the border, to keep."""
+        form = self.border()
+        if form is None:
+            return None
+        product = form.cogram()
+        return OuterProduct(product.symmetric_mm, self.dtype, product.symmetric_mm_)
 
     def with_border(self: Self, border: Border, transposed: bool, off: float = 1.0) -> Self:
         """The member of this structure with these rows; the inverse of ``border``.
@@ -339,8 +356,7 @@ class Transposed(StructuredMatrix):
         return self.of.outer(X)
 
     def outer_product(self) -> OuterProduct | None:
-        form = self.border()
-        return None if form is None else OuterProduct(form.cogram().symmetric_mm, form.d.dtype)
+        return self._border_product()
 
     def sandwich(self, rows: RowsLike) -> Transposed:
         return Transposed(self.of.co_sandwich(rows))

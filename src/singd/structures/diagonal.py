@@ -47,6 +47,9 @@ class Diagonal(StructuredMatrix):
     def outer(self, X: Tensor) -> Tensor:
         return self.d.square()[:, None] * X
 
+    def outer_(self, X: Tensor) -> Tensor:
+        return X.mul_(self.d.square()[:, None])
+
     def add_identity_(self, alpha: float | Tensor) -> Diagonal:
         self.d.add_(alpha)
         return self
