@@ -6,6 +6,7 @@ from structure_cases import STRUCTURES, member
 
 from singd.layers import DenseRows
 from singd.structures import BlockDiagonal, Diagonal, Upper
+from singd.structures.border import Border
 
 F64 = torch.float64
 BORDERED = [n for n in STRUCTURES if n.startswith(("trilrank", "triurank", "hierarchical"))]
@@ -23,10 +24,12 @@ def results(A, B, X, rows):
     }
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("m", [0, 1, 6, 50])
-@pytest.mark.parametrize("n", [1, 2, 5, 9, 23])
+@pytest.mark.parametrize("n", [1, 2, 5, 9, 23, 67])
 @pytest.mark.parametrize("name", BORDERED)
-def test_border_and_recursion_agree(monkeypatch, name, n, m):
+def test_border_and_recursion_agree(monkeypatch, name, n, m, wide):
+    monkeypatch.setattr(Border, "_wide", wide)
     A, B = member(name, n), member(name, n)
     assert A.border() is not None or A.T.border() is not None
     X, rows = torch.randn(n, m, dtype=F64), DenseRows(torch.randn(m, n, dtype=F64))

@@ -55,6 +55,10 @@ def test_products_with_dense(name, n, dtype):
         close(A.T.outer(wide), a.T @ (a @ w), dtype)
         close((A.outer_product() or A).outer(wide), a @ (a.T @ w), dtype)
         close((A.T.outer_product() or A.T).outer(wide), a.T @ (a @ w), dtype)
+        for factor, expected in ((A, a @ (a.T @ w)), (A.T, a.T @ (a @ w))):
+            for keeps in (factor, factor.outer_product() or factor):
+                close(keeps.outer_(wide.clone()), expected, dtype)
+                close(keeps.outer_(wide.T.clone().T), expected, dtype)  # columns in a row
     with torch.no_grad():
         close(A @ X, a @ x, dtype)
         close(A.tmm(X.T.contiguous().T), a.T @ x, dtype)

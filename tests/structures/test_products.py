@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from singd import products
-from singd.layers import DenseRows
+from singd.layers import DenseRows, WithOnes
 from singd.products import symmetric
 from singd.structures import Dense
 
@@ -15,6 +15,7 @@ F64 = torch.float64
 def small_blocks(monkeypatch):
     """Blocks of three, so that small matrices have many of them and an incomplete last one."""
     monkeypatch.setattr(products, "BLOCK", 3)
+    monkeypatch.setattr(products, "LEAST", 10)
 
 
 def close(actual, expected):
@@ -30,6 +31,18 @@ def test_half_a_product_is_the_whole(small_blocks, n, m):
     assert_same(symmetric(A, (S + S.T) @ A.T), A @ ((S + S.T) @ A.T))
     B = A.T.contiguous().T  # columns are contiguous instead of rows
     assert_same(symmetric(B, B.T), A @ A.T)
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_halves_add_up_to_the_whole(small_blocks, n, dtype):
+    parts = [torch.randn(n, m) for m in (0, 1, 8, 31)]  # of some, all of the product is formed
+    total = torch.zeros(n, n, dtype=dtype)
+    for L in parts:
+        products.add_symmetric_(total, L, L.T)
+    products.mirror_(total)
+    A = torch.cat(parts, dim=1).to(dtype)
+    torch.testing.assert_close(total, A @ A.T, rtol=0, atol=2e-5)
 
 
 def test_halving_is_what_happens(small_blocks):
@@ -60,6 +73,7 @@ def test_dense_routes(small_blocks, n, m):
 @pytest.mark.parametrize("sizes", [(16, 5, 17), (9, 4, 9), (1, 3, 40), (16, 16, 16), (20, 0, 11)])
 def test_aligned_products(monkeypatch, sizes, dtype):
     monkeypatch.setattr(products, "ALIGNED", 2)  # small matrices count as large
+    monkeypatch.setattr(products, "NARROW", 0)
     n, k, m = sizes
     A, B = torch.randn(n, k).to(dtype), torch.randn(k, m).to(dtype)
     for left in (A, A.T.contiguous().T):
@@ -67,6 +81,28 @@ def test_aligned_products(monkeypatch, sizes, dtype):
         torch.testing.assert_close(product, left @ B)
         odd = m % 2 == 1 and n >= 16 and dtype != torch.bfloat16
         assert product.stride(0) == (m + 1 if odd and m >= 16 else m)
+
+
+@pytest.mark.parametrize("m", [0, 1, 5, 16])
+def test_narrow_products_are_stored_as_rows(m):
+    A, B = torch.randn(16, 7, dtype=F64), torch.randn(7, m, dtype=F64)
+    for left in (A, A.T.contiguous().T):
+        product = products.multiply(left, B)
+        torch.testing.assert_close(product, left @ B)
+        assert m in (0, 16) or product.stride(0) == 1
+
+
+@pytest.mark.parametrize("d", [1, 29, 30, 31, 32, 33, 60, 61, 62, 75, 95])
+@pytest.mark.parametrize("k", [1, 7, 15, 28, 30, 31, 60])
+def test_blocks_of_a_gram_matrix(d, k):
+    # blocks near a multiple of 16 are multiplied with rows of the next block, where there is one
+    A = torch.randn(20, d, dtype=F64)
+    for rows in (DenseRows(A), WithOnes(DenseRows(A[:, 1:]))) if d > 1 else (DenseRows(A),):
+        gram = rows.matrix().T @ rows.matrix()
+        blocks, last = rows.block_gram(k)
+        found = torch.block_diag(*blocks, last) if len(blocks) else last
+        close(found, torch.block_diag(*(gram[i : i + k, i : i + k] for i in range(0, d, k))))
+        assert blocks.shape == (d // k, k, k) and last.shape == (d % k, d % k)
 
 
 def test_products_can_still_be_differentiated():

@@ -10,9 +10,10 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from singd.layers.padded import PaddedInput
 from singd.layers.patch_gram import shifted_gram
-from singd.layers.rows import Rows, add_product_, wide
+from singd.layers.rows import Rows, wide
 from singd.layers.shifted_products import cheapest_plan
 from singd.layers.windows import Kernel, window_sums, windows
+from singd.products import add_symmetric_, mirror_
 
 
 class PatchRows(Rows):
@@ -40,9 +41,10 @@ class PatchRows(Rows):
         return _unfold(self._padded.tensor(), self._kernel)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        # Only the channels concerned are unfolded.
-        first, last = start // self._kernel.numel, -(-stop // self._kernel.numel)
-        some = _unfold(self._padded.tensor()[:, first:last], self._kernel)
+        # Only the channels concerned are padded and unfolded: one at least, as no padding takes none.
+        first = min(start // self._kernel.numel, self._padded.shape[0] - 1)
+        last = max(first + 1, -(-stop // self._kernel.numel))
+        some = _unfold(self._padded.pad(self._padded.unpadded()[:, first:last]), self._kernel)
         skipped = first * self._kernel.numel
         return some[:, start - skipped : stop - skipped]
 
@@ -54,8 +56,8 @@ class PatchRows(Rows):
         total = self._zeros(self.width, self.width)
         for part in self.split():
             X = part.matrix().T
-            add_product_(total, X, X.T)
-        return total.to(padded.dtype)
+            add_symmetric_(total, X, X.T)
+        return mirror_(total).to(padded.dtype)
 
     def squares(self) -> Tensor:
         return self._window_totals(lambda x, dtype: x.square().sum(0, dtype=dtype))

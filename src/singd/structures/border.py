@@ -65,6 +65,11 @@ class Border:
         out = (self.d[:, None] * X).addmm_(self.R.T, self.take(X))
         return self._put(out, self.R @ X)
 
+    def symmetric_mm_(self, X: Tensor) -> Tensor:
+        """The same in place of X."""
+        taken, rows = self.take(X), self.R @ X
+        return self._put(X.mul_(self.d[:, None]).addmm_(self.R.T, taken), rows)
+
     def outer(self, X: Tensor) -> Tensor:
         """K K^T X for a dense X, [n, m]."""
         return self.cogram().symmetric_mm(X)
@@ -87,17 +92,30 @@ class Border:
 
     def sandwich(self, rows: RowsLike) -> Border:
         """K^T S K with S = A^T A of rows A, [m, n]: from the diagonal of S and its columns at the places."""
-        S = rows.tmm(self._columns(rows)).T  # [r, n], symmetric at the places
-        Sd = S * self.d
+        if self._wide:
+            whole = rows.gram()
+            S, squares = self.take(whole), whole.diagonal()
+        else:
+            S, squares = rows.tmm(self._columns(rows)).T, rows.squares()
+        Sd = S * self.d  # S is [r, n], symmetric at the places
         SK = torch.addmm(Sd, self.take(S.T).T, self.R)  # E^T S K
-        diagonal = self.d.square() * rows.squares() + (self.R * (SK + Sd)).sum(0)
+        diagonal = self.d.square() * squares + (self.R * (SK + Sd)).sum(0)
         return Border(diagonal, self._corner.T @ SK, self.places)
 
     def co_sandwich(self, rows: RowsLike) -> Border:
         """K S K^T with S = A^T A of rows A, [m, n]: from the diagonal of S and S R^T."""
-        S = rows.tmm(rows.mm(self.R.T)).T  # R S
-        border = self._put((S * self.d).T.contiguous(), self.R @ S.T).T
-        return Border(self.d.square() * rows.squares(), border, self.places)
+        if self._wide:
+            whole = rows.gram()
+            S, squares = self.R @ whole, whole.diagonal()
+        else:
+            S, squares = rows.tmm(rows.mm(self.R.T)).T, rows.squares()
+        border = self._put((S * self.d).T.contiguous(), self.R @ S.T).T  # S is [r, n]
+        return Border(self.d.square() * squares, border, self.places)
+
+    @property
+    def _wide(self) -> bool:
+        """Whether so many rows are dense that all of A^T A takes less time than their part (measured)."""
+        return 2 * len(self.R) >= self.R.shape[1]
 
     def _columns(self, rows: RowsLike) -> Tensor:
         """A E, [m, r]."""

@@ -122,8 +122,7 @@ class Upper(StructuredMatrix):
         return torch.cat([upper, self.D.mm(z)])
 
     def outer_product(self) -> OuterProduct | None:
-        form = self.border()
-        return None if form is None else OuterProduct(form.cogram().symmetric_mm, form.d.dtype)
+        return self._border_product()
 
     def co_outer(self, X: Tensor) -> Tensor:
         form, transposed = self._form()
