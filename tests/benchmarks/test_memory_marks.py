@@ -12,6 +12,7 @@ from timing import Contender
 from workloads import WORKLOADS
 
 import singd
+from singd.structures import registered_structures
 
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "_data" / "what_it_costs.json"
 LIGHT = ("diagonal", "triltoeplitz")
@@ -60,3 +61,11 @@ def test_the_peak_of_a_convolution_is_a_third_of_the_published_one(name):
     (published,) = (r["bytes"] for r in rows if r["name"] == f"published {name}, T=1")
     (contender,) = contenders.ours(1, [name])
     assert peak_bytes(contender, WORKLOADS["cnn"]) <= PEAK_SHARE * published
+
+
+@pytest.mark.parametrize("name", registered_structures())
+def test_no_structure_unfolds_a_whole_batch(name):
+    (contender,), (diagonal,) = contenders.ours(1, [name]), contenders.ours(1, ["diagonal"])
+    patches = 4 * 32 * 16 * 16 * 64 * 3 * 3  # bytes of those of the third layer
+    over = peak_bytes(contender, WORKLOADS["cnn"]) - peak_bytes(diagonal, WORKLOADS["cnn"])
+    assert over < patches / 2

@@ -13,7 +13,7 @@ from singd.layers.patch_gram import shifted_gram
 from singd.layers.rows import Rows, wide
 from singd.layers.shifted_products import cheapest_plan
 from singd.layers.windows import Kernel, window_sums, windows
-from singd.products import add_symmetric_, mirror_
+from singd.products import add_symmetric_, mirror_, multiply
 
 
 class PatchRows(Rows):
@@ -75,6 +75,9 @@ class PatchRows(Rows):
         g = Y.T.unflatten(1, (self._padded.batch, *self.positions)).transpose(0, 1)
         out = weight_grad(self._padded.tensor(), shape, g, stride=stride, dilation=dilation)
         return out.flatten(1).T
+
+    def mm(self, Y: Tensor) -> Tensor:
+        return torch.cat([multiply(part.matrix(), Y).T for part in self.split()], dim=1).T
 
     def mean_patches(self) -> Tensor:
         """The mean of the patches over the positions, [B, d]."""

@@ -216,6 +216,9 @@ class WithOnes(Rows):
     def tmm(self, Y: Tensor) -> Tensor:
         return torch.cat([self._rows.tmm(Y).T, Y.sum(0)[:, None]], dim=1).T
 
+    def mm(self, Y: Tensor) -> Tensor:
+        return self._rows.mm(Y[:-1]) + Y[-1]
+
     def columns(self, start: int, stop: int) -> Tensor:
         last = self.width - 1
         columns = self._rows.columns(min(start, last), min(stop, last))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Protocol, TypeVar
@@ -30,6 +30,7 @@ class RowsLike(Protocol):
     def mm(self, Y: Tensor) -> Tensor: ...
     def tmm(self, Y: Tensor) -> Tensor: ...
     def narrow(self, start: int, stop: int) -> RowsLike: ...
+    def split(self) -> Iterator[RowsLike]: ...
 
 
 @dataclass(eq=False)
@@ -137,15 +138,21 @@ class StructuredMatrix(ABC):
 
     def sandwich(self: Self, rows: RowsLike) -> Self:
         """P(A^T R^T R A) for rows R, [m, n]."""
-        if rows.count == 0:  # an empty batch, which some libraries refuse to transform
-            return self.map(torch.zeros_like)
-        return self.project(self.tmm(rows.matrix().T))
+        return self._projected(self.tmm, rows)
 
     def co_sandwich(self: Self, rows: RowsLike) -> Self:
         """P(A R^T R A^T) for rows R, [m, n]."""
-        if rows.count == 0:
+        return self._projected(self.mm, rows)
+
+    def _projected(self: Self, apply: Callable[[Tensor], Tensor], rows: RowsLike) -> Self:
+        """P(Y Y^T) for what some product makes of R^T, a few rows at a time where all take much memory."""
+        if rows.count == 0:  # an empty batch, which some libraries refuse to transform
             return self.map(torch.zeros_like)
-        return self.project(self.mm(rows.matrix().T))
+        parts = (self.project(apply(part.matrix().T)) for part in rows.split())
+        total = next(parts)
+        for P in parts:
+            total = total.to(dtype=torch.promote_types(P.dtype, torch.float32)).add_(P)
+        return total.to(dtype=self.dtype)
 
     def dense(self) -> Tensor:
         """The matrix itself, [n, n]."""
