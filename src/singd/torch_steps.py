@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 from singd.statistics import accumulation_dtype
 
 TOGETHER = 2**16
-"""How many numbers are moved at a time: so many are still in the cache, and small tensors share a call."""
+"""How many numbers a CPU moves at a time: so many are still in its cache, and small tensors share a call."""
 
 
 def sgd_steps(
@@ -21,7 +21,9 @@ def sgd_steps(
     group_of: Mapping[nn.Parameter, dict[str, Any]],
     states: MutableMapping[Any, dict[str, Any]],
 ) -> None:
-    """Move parameters along natural gradients while these are computed, so that few are held at a time.
+    """Move parameters along natural gradients, on a CPU while these are computed and still in its cache.
+
+    Other devices move all parameters of a group in one call, as torch's own optimizers do.
 
     Args:
         directions: Parameters, each with its natural gradient, of its shape.
@@ -40,7 +42,7 @@ def sgd_steps(
     for p, direction in directions:
         waiting.setdefault(id(group_of[p]), []).append((p, direction))
         numbers += p.numel()
-        if numbers >= TOGETHER:
+        if p.device.type == "cpu" and numbers >= TOGETHER:
             move()
             numbers = 0
     move()
