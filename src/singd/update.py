@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from singd.structures import StructuredMatrix
+    from singd.structures import Curvature, StructuredMatrix
 
 
 class Outer(Protocol):
@@ -38,8 +38,8 @@ def riemannian_momenta(
     C: StructuredMatrix,
     m_K: StructuredMatrix,
     m_C: StructuredMatrix,
-    H_K: StructuredMatrix,
-    H_C: StructuredMatrix,
+    H_K: Curvature,
+    H_C: Curvature,
     *,
     damping: float,
     alpha1: float,
@@ -57,7 +57,7 @@ def riemannian_momenta(
     ``kfac_like`` (IKFAC) replaces both traces by one and :math:`\alpha_1` by zero. ``weight`` is one, or
     zero to leave the momenta as they are (a number on the device, so that nothing waits for it).
     """
-    KK, CC = K.gram(), C.gram()  # P(K^T K), P(C^T C)
+    KK, CC = K.gram_beside(H_K), C.gram_beside(H_C)  # P(K^T K), P(C^T C)
     tr_H_K: Tensor | float = 1.0
     tr_H_C: Tensor | float = 1.0
     tr_KK: Tensor | float = 1.0
@@ -70,8 +70,8 @@ def riemannian_momenta(
     scale = (0.5 * (1 - alpha1) if normalize else 0.5) * weight
     decay = 1 - weight * (1 - alpha1)
 
-    new_m_K = (m_K * decay).add_(H_K, scale * tr_H_C).add_(KK, scale * damping * tr_CC)
-    new_m_C = (m_C * decay).add_(H_C, scale * tr_H_K).add_(CC, scale * damping * tr_KK)
+    new_m_K = H_K.add_to(m_K * decay, scale * tr_H_C, KK, scale * damping * tr_CC)
+    new_m_C = H_C.add_to(m_C * decay, scale * tr_H_K, CC, scale * damping * tr_KK)
     return new_m_K.add_identity_(-scale), new_m_C.add_identity_(-scale)
 
 

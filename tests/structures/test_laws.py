@@ -119,6 +119,29 @@ def test_projections_by_their_definition(name, n, dtype):
         close(A.co_sandwich(DenseRows(R)).dense(), P(name, a @ r.T @ r @ a.T), dtype)
 
 
+@every_dtype
+@every_member
+def test_curvature_is_the_sandwich(name, n, dtype):
+    A, m = member(name, n, dtype), member(name, n, dtype)
+    for count in (0, 3, n + 1, 3 * n):  # a product may wait
+        rows = DenseRows(torch.randn(count, n).to(dtype))
+        H, S = A.curvature(rows), A.sandwich(rows)
+        KK = A.gram_beside(H)
+        size = max(S.dense().abs().max().item(), A.gram().dense().abs().max().item())
+        close(H.formed().dense(), S.dense(), dtype)
+        close(H.flat(), S.flat(), dtype)
+        close(H.trace(), S.trace(), dtype, n * size)
+        close(KK.average_trace(), A.gram().average_trace(), dtype)
+        before = m.dense()
+        expected = before.double() + 0.5 * S.dense().double() + 2 * A.gram().dense().double()
+        for a, b in ((0.5, 2.0), (torch.tensor(0.5), torch.tensor(2.0))):
+            got = H.add_to(m.map(torch.clone), a, KK, b)
+            close(got.dense(), expected, dtype, 4 * size + before.abs().max().item())
+            assert type(got) is type(A) and got.dtype == dtype
+        twice = A.curvature(rows).add_(A.curvature(rows)).mul_(0.25)
+        close(twice.formed().dense(), 0.5 * S.dense().double(), dtype)
+
+
 @pytest.mark.parametrize("c", [1e-6, 1e-3, 1e3])
 @every_member
 def test_the_scale_of_the_rows_costs_no_accuracy(name, n, c):

@@ -1,7 +1,8 @@
 """Structured matrices: sets of square matrices closed under addition, scaling and multiplication."""
 
-from singd.structures.base import OuterProduct, StructuredMatrix, Transposed
+from singd.structures.base import Curvature, OuterProduct, StructuredMatrix, Transposed
 from singd.structures.block_diagonal import BlockDiagonal
+from singd.structures.congruence import Congruence
 from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 from singd.structures.registry import (
@@ -15,6 +16,8 @@ from singd.structures.triangular import Upper
 
 __all__ = [
     "BlockDiagonal",
+    "Congruence",
+    "Curvature",
     "Dense",
     "Diagonal",
     "OuterProduct",

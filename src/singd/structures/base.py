@@ -6,15 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from singd.structures import picture
 from singd.structures.border import Border
+from singd.structures.congruence import Congruence
 
 Self = TypeVar("Self", bound="StructuredMatrix")
+
+
+Curvature: TypeAlias = "StructuredMatrix | Congruence"
+"""P(K^T S K): a matrix of K's structure, or one whose last product waits."""
 
 
 class RowsLike(Protocol):
@@ -139,6 +144,22 @@ class StructuredMatrix(ABC):
     def sandwich(self: Self, rows: RowsLike) -> Self:
         """P(A^T R^T R A) for rows R, [m, n]."""
         return self._projected(self.tmm, rows)
+
+    def curvature(self: Self, rows: RowsLike) -> Self | Congruence:
+        """The same, perhaps with a product still to be formed, for a sum with ``gram_beside`` it."""
+        return self.sandwich(rows)
+
+    def gram_beside(self: Self, H: Self | Congruence) -> Self | Congruence:
+        """P(A^T A) in the form of a curvature of A."""
+        return self.gram()
+
+    def formed(self: Self) -> Self:
+        """The matrix itself, as a curvature."""
+        return self
+
+    def add_to(self: Self, m: Self, a: float | Tensor, gram: Any, b: float | Tensor) -> Self:
+        """M + a H + b P(A^T A), in place of m, for this curvature H of A and the ``gram_beside`` it."""
+        return m.add_(self, a).add_(gram, b)
 
     def co_sandwich(self: Self, rows: RowsLike) -> Self:
         """P(A R^T R A^T) for rows R, [m, n]."""

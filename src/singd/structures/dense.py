@@ -11,6 +11,7 @@ from torch import Tensor
 from singd.products import halving_pays, multiply, symmetric
 from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, wide
 from singd.structures.border import Border
+from singd.structures.congruence import Congruence
 
 
 @dataclass(eq=False, repr=False)
@@ -68,6 +69,14 @@ class Dense(StructuredMatrix):
         if rows.count <= 1.5 * self.n:
             return self.project(self.tmm(rows.matrix().T))
         return Dense(symmetric(self.a.T, multiply(rows.gram(), self.a)))
+
+    def curvature(self, rows: RowsLike) -> Dense | Congruence:
+        if 0 < rows.count <= self.n:  # (of no rows it is zero in any form, and changes no sum)
+            return self.project(self.tmm(rows.matrix().T))
+        return Congruence(self, multiply(rows.gram(), self.a))
+
+    def gram_beside(self, H: Dense | Congruence) -> Dense | Congruence:
+        return Congruence(self, self.a) if isinstance(H, Congruence) else self.gram()
 
     def co_sandwich(self, rows: RowsLike) -> Dense:
         return Dense(self.a.T).sandwich(rows)
