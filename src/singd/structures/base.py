@@ -158,7 +158,7 @@ class StructuredMatrix(ABC):
         return self
 
     def add_to(self: Self, m: Self, a: float | Tensor, gram: Any, b: float | Tensor) -> Self:
-        """M + a H + b P(A^T A), in place of m, for this curvature H of A and the ``gram_beside`` it."""
+        """Add a H + b P(A^T A) to m in place, with this curvature H of A and the ``gram_beside`` it."""
         return m.add_(self, a).add_(gram, b)
 
     def co_sandwich(self: Self, rows: RowsLike) -> Self:

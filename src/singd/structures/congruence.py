@@ -36,7 +36,7 @@ class Congruence:
         return self.K.with_tensors([symmetric(self.K.a.T, self.Z)])
 
     def add_to(self, m: Any, a: float | Tensor, gram: Any, b: float | Tensor) -> Any:
-        """M + a K^T Z + b K^T K, in place of m, by one product."""
+        """Add a K^T Z + b K^T K to m in place, by one product."""
         return m.add_((self * a).add_(gram, b).formed())
 
     def trace(self) -> Tensor:
