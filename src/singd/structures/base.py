@@ -18,10 +18,6 @@ from singd.structures.congruence import Congruence
 Self = TypeVar("Self", bound="StructuredMatrix")
 
 
-Curvature: TypeAlias = "StructuredMatrix | Congruence"
-"""P(K^T S K): a matrix of K's structure, or one whose last product waits."""
-
-
 class RowsLike(Protocol):
     """A matrix [m, n] that answers questions about its Gram matrix (see ``singd.layers.Rows``)."""
 
@@ -406,6 +402,10 @@ class Transposed(StructuredMatrix):
 
     def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Transposed:
         return Transposed(self.of.with_border(border, not transposed, off))
+
+
+Curvature: TypeAlias = StructuredMatrix | Congruence
+"""P(K^T S K): a matrix of K's structure, or one whose last product waits."""
 
 
 @cache
