@@ -92,6 +92,21 @@ def test_narrow_products_are_stored_as_rows(m):
         assert m in (0, 16) or product.stride(0) == 1
 
 
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 4, 4), (2, 5, 3, 2), (1, 4, 8), (4, 9), (3, 0, 4), (0, 4)]
+)
+def test_rows_of_a_view(monkeypatch, shape):
+    monkeypatch.setattr(products, "APART", 4)  # short rows count as long ones
+    view = torch.randn(shape[::-1], dtype=F64, requires_grad=True).permute(*range(len(shape))[::-1])
+    for first in range(1, len(shape)):
+        rows = products.as_rows(view, first)
+        n, m = view.shape[:first].numel(), view.shape[first:].numel()
+        assert torch.equal(rows, view.reshape(n, m))
+        assert (rows.stride(0) == m + products.ALIGNED) == (m > 0 and m % 4 == 0)
+        (gradient,) = torch.autograd.grad(rows.sum(), view)
+        assert torch.equal(gradient, torch.ones_like(view))
+
+
 @pytest.mark.parametrize("d", [1, 29, 30, 31, 32, 33, 60, 61, 62, 75, 95])
 @pytest.mark.parametrize("k", [1, 7, 15, 28, 30, 31, 60])
 def test_blocks_of_a_gram_matrix(d, k):

@@ -13,7 +13,7 @@ from singd.layers.patch_gram import shifted_gram
 from singd.layers.rows import Rows, wide
 from singd.layers.shifted_products import cheapest_plan
 from singd.layers.windows import Kernel, window_sums, windows
-from singd.products import add_symmetric_, mirror_, multiply
+from singd.products import add_symmetric_, as_rows, mirror_, multiply
 
 
 class PatchRows(Rows):
@@ -110,5 +110,4 @@ def _unfold(padded: Tensor, kernel: Kernel) -> Tensor:
     view = windows(padded, kernel)  # [B, C, *o, *k]
     places, offsets = range(2, padded.ndim), range(padded.ndim, view.ndim)
     # A transposed [d, m] is written strip by strip, an [m, d] number by number.
-    across = view.permute(1, *offsets, 0, *places).flatten(1 + len(offsets))
-    return across.flatten(0, len(offsets)).T
+    return as_rows(view.permute(1, *offsets, 0, *places), 1 + len(offsets)).T

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from singd.products import multiply, symmetric
+from singd.products import as_rows, multiply, symmetric
 
 
 class Rows(ABC):
@@ -166,7 +166,7 @@ class DenseRows(Rows):
             # Gradients of convolutions come as [B, d, positions], seen as [B, positions, d]: a copy
             # to a transposed [d, m] moves strips of positions, one to [m, d] single numbers.
             across = rows.stride(-1) != 1
-            rows = rows.movedim(-1, 0).flatten(1).T if across else rows.flatten(0, -2)
+            rows = as_rows(rows.movedim(-1, 0), 1).T if across else rows.flatten(0, -2)
             self._rows = rows  # never copied twice
         return rows
 
