@@ -367,12 +367,12 @@ class SINGD(torch.optim.Optimizer):
         if distributed.world_size() > 1 and not rehearsal:
             exchange.start(self).finish()
         used = self._used_blocks()
-        for block in used:
-            with without_autocast(block.weight.device):
+        with without_autocast(*(block.weight.device for block in used)):
+            for block in used:
                 self._advance(block, lr_covs.get(block))
-        self._statistics.clear()
-        self._wrapping.clear()
-        torch_steps.sgd_steps(self._directions(used, rehearsal), self._group_of, self.state)
+            self._statistics.clear()
+            self._wrapping.clear()
+            torch_steps.sgd_steps(self._directions(used, rehearsal), self._group_of, self.state)
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 params = [p for p in group["params"] if p.grad is not None]
@@ -455,10 +455,8 @@ class SINGD(torch.optim.Optimizer):
             elif not self._ownership.keeps(block):
                 yield block, None
             else:
-                with without_autocast(block.weight.device):
-                    K, C = (self._outer(block, side) for side in SIDES)
-                    N = natural_gradient(K, C, dW, overwrite=block.bias is not None)
-                yield block, N
+                K, C = (self._outer(block, side) for side in SIDES)
+                yield block, natural_gradient(K, C, dW, overwrite=block.bias is not None)
 
     def _update_factors(
         self, block: Block, state: dict[str, Any], statistics: Statistics, lr_cov: float

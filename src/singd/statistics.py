@@ -7,7 +7,7 @@ activations.) Every backward adds to the statistics, and they live exactly as lo
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,22 +39,24 @@ class Statistics:
     terms: Tensor
     backward: int
 
-    def normalised(self) -> tuple[Curvature, Curvature, Tensor]:
-        """H_K (a mean over rows), H_C (the averaging of the loss undone), and 1.0 if they hold anything.
+    def normalised(self) -> tuple[Curvature, Curvature, Tensor | float]:
+        """H_K (a mean over rows), H_C (the averaging of the loss undone), and 1.0 if they hold anything, else 0.0.
 
         The sums are used up.
         """
         self.H_K.mul_(1.0 / self.rows.clamp(min=1.0))
         self.H_C.mul_(self.terms)
-        return self.H_K, self.H_C, (self.rows > 0).to(self.rows.dtype)
+        some = (self.rows > 0).to(self.rows.dtype)
+        return self.H_K, self.H_C, some.item() if some.device.type == "cpu" else some
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The context for arithmetic of our own, where the user may have autocast on."""
-    known = torch.amp.is_autocast_available(device.type)
-    if not known or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def without_autocast(*devices: torch.device) -> AbstractContextManager[Any]:
+    """The context for arithmetic of our own on some devices, where the user may have autocast on."""
+    contexts = ExitStack()
+    for kind in {device.type for device in devices}:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            contexts.enter_context(torch.autocast(kind, enabled=False))
+    return contexts
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
