@@ -97,11 +97,9 @@ class Block:
         return known[1]
 
     def remember(self, key: str, flat: Tensor, matrix: StructuredMatrix) -> None:
-        """Take a matrix for the view on ``flat``, its own numbers, if they are the same memory."""
-        self._views.pop(key, None)  # the old one would keep its memory until the next update
-        own = matrix.tensors()
-        if len(own) == 1 and own[0].data_ptr() == flat.data_ptr():
-            self._views[key] = (flat, matrix)
+        """Make the view on ``flat``, a matrix' own numbers, now, so that the one before it keeps no memory."""
+        same = flat.data_ptr() == matrix.tensors()[0].data_ptr()
+        self._views[key] = (flat, matrix if same else matrix.from_flat(flat))
 
     def product(self, key: str, flat: Tensor) -> OuterProduct | StructuredMatrix:
         """K K^T (or C C^T) where it is worth keeping between updates, else the factor itself."""

@@ -209,13 +209,14 @@ class StructuredMatrix(ABC):
 
     def map(self: Self, function: Callable[..., Tensor], *others: Self) -> Self:
         """Apply a function to each tensor, together with those of other matrices of the same structure."""
-        parts = zip(*(A._stored() for A in (self, *others)), strict=True)
-        return type(self)(
-            *(
-                p[0].map(function, *p[1:]) if isinstance(p[0], StructuredMatrix) else function(*p)
-                for p in parts
-            )
-        )
+        values = []
+        for name in _field_names(type(self)):
+            mine, theirs = getattr(self, name), [getattr(A, name) for A in others]
+            if isinstance(mine, Tensor):
+                values.append(function(mine, *theirs))
+            else:
+                values.append(mine.map(function, *theirs))
+        return type(self)(*values)
 
     def __add__(self: Self, other: Self) -> Self:
         return self.map(torch.add, other)
@@ -266,20 +267,17 @@ class StructuredMatrix(ABC):
     def tensors(self) -> list[Tensor]:
         """The stored tensors, in a fixed order."""
         found: list[Tensor] = []
-        for value in self._stored():
+        for name in _field_names(type(self)):
+            value = getattr(self, name)
             if isinstance(value, Tensor):
                 found.append(value)
             else:
                 found += value.tensors()
         return found
 
-    def _stored(self) -> list[Any]:
-        """The values of the fields: tensors and structured matrices."""
-        return [getattr(self, name) for name in _field_names(type(self))]
-
     def _first(self) -> Tensor:
         """The first of the stored tensors."""
-        first = self._stored()[0]
+        first = getattr(self, _field_names(type(self))[0])
         return first if isinstance(first, Tensor) else first._first()
 
     def with_tensors(self: Self, tensors: Sequence[Tensor]) -> Self:
@@ -298,12 +296,13 @@ class StructuredMatrix(ABC):
         Raises:
             ValueError: If the vector is of another length.
         """
-        if flat.shape != (self.numel,):
+        old = self.tensors()
+        sizes = [t.numel() for t in old]
+        if flat.shape != (sum(sizes),):
             raise ValueError(
                 f"{self!r} stores {self.numel} numbers, got a tensor of {tuple(flat.shape)}."
             )
-        old = self.tensors()
-        parts = flat.split([t.numel() for t in old])
+        parts = flat.split_with_sizes(sizes)
         return self.with_tensors([p.view(t.shape) for p, t in zip(parts, old, strict=True)])
 
     @property
