@@ -50,6 +50,11 @@ class PaddedInput:
         x = self.x.to(self.dtype)
         return x if self.groups == 1 else x.unflatten(1, (self.groups, -1)).mean(1)
 
+    def channels(self, first: int, last: int) -> PaddedInput:
+        """Some of the C channels."""
+        some = self.unpadded()[:, first:last]
+        return replace(self, x=some, shape=(last - first, *self.shape[1:]), groups=1)
+
     def split(self, growth: float) -> Iterator[PaddedInput]:
         """Parts of the batch small enough to work on.
 

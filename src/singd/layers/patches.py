@@ -10,7 +10,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from singd.layers.padded import PaddedInput
 from singd.layers.patch_gram import shifted_gram
-from singd.layers.rows import Rows, wide
+from singd.layers.rows import Narrowed, Rows, wide
 from singd.layers.shifted_products import cheapest_plan
 from singd.layers.windows import Kernel, window_sums, windows
 from singd.products import add_symmetric_, as_rows, mirror_, multiply
@@ -41,12 +41,12 @@ class PatchRows(Rows):
         return _unfold(self._padded.tensor(), self._kernel)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        # Only the channels concerned are padded and unfolded: one at least, as no padding takes none.
-        first = min(start // self._kernel.numel, self._padded.shape[0] - 1)
-        last = max(first + 1, -(-stop // self._kernel.numel))
-        some = _unfold(self._padded.pad(self._padded.unpadded()[:, first:last]), self._kernel)
-        skipped = first * self._kernel.numel
-        return some[:, start - skipped : stop - skipped]
+        some, skipped = self._of_channels(start, stop)
+        return some.matrix()[:, start - skipped : stop - skipped]
+
+    def narrow(self, start: int, stop: int) -> Rows:
+        some, skipped = self._of_channels(start, stop)
+        return Narrowed(some, start - skipped, stop - skipped)
 
     def gram(self) -> Tensor:
         padded = self._padded
@@ -88,6 +88,15 @@ class PatchRows(Rows):
     def split(self) -> Iterator[Rows]:
         growth = self.width * self.shared / Size(self._padded.shape).numel()
         return (PatchRows(part, self._kernel) for part in self._padded.split(1.0 + growth))
+
+    def _of_channels(self, start: int, stop: int) -> tuple[PatchRows, int]:
+        """The patches of those channels that some columns belong to, and how many columns are before them."""
+        channels, k = self._padded.shape[0], self._kernel.numel
+        first = min(start // k, channels - 1)  # one channel at least, as no padding takes none
+        last = max(first + 1, -(-stop // k))
+        if last - first == channels:
+            return self, 0
+        return PatchRows(self._padded.channels(first, last), self._kernel), first * k
 
     def _window_totals(self, over_batch: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
         """Sums over batch and positions, [d], given the sum over the batch."""

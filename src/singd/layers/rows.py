@@ -71,6 +71,10 @@ class Rows(ABC):
         Returns:
             The d // k whole blocks [d // k, k, k], and the smaller last one [d % k, d % k].
         """
+        if self.width <= k:  # one block, of which all entries count
+            gram = self.gram()
+            whole = self.width == k
+            return (gram[None], gram[:0, :0]) if whole else (gram.new_zeros(0, k, k), gram)
         size = _rounded(k)
         count, inside = self.width // k, max(0, (self.width - size) // k + 1)
         totals: list[Tensor] = []
@@ -170,6 +174,9 @@ class DenseRows(Rows):
             self._rows = rows  # never copied twice
         return rows
 
+    def narrow(self, start: int, stop: int) -> Rows:
+        return DenseRows(self.matrix()[:, start:stop])
+
     def squares(self) -> Tensor:
         rows = self._rows
         if rows.ndim == 3 and rows.stride(-2) == 1:  # [B, positions, d] of a convolution
@@ -229,8 +236,8 @@ class WithOnes(Rows):
 
     def block_gram(self, k: int) -> tuple[Tensor, Tensor]:
         blocks, last = self._rows.block_gram(k)
-        sums = self._rows.sums()[self.width - 1 - len(last) :]
-        last = _border(last, sums, self.count)
+        beside = self._rows.narrow(self.width - 1 - len(last), self.width - 1)
+        last = _border(last, beside.sums(), self.count)
         if len(last) < k:
             return blocks, last
         return torch.cat([blocks, last[None]]), last.new_zeros(0, 0)
