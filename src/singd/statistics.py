@@ -134,19 +134,6 @@ def _backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-class _Keep(torch.autograd.Function):
-    """Saves a tensor as a layer would, so that activation checkpointing and offloading apply to it too."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return anchor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
 class _Kept:
     """A layer's input from its forward to its backward, and no longer than autograd keeps its own.
 
@@ -159,11 +146,13 @@ class _Kept:
     def __init__(self, x: Tensor, output: Tensor) -> None:
         if x.is_floating_point():
             x = x.to(output.dtype)
-        anchor = torch.zeros((), requires_grad=True)
-        self._node = _Keep.apply(anchor, x.detach()).grad_fn
+        # A product of no numbers: autograd saves x for the other factor's gradient, as a layer would, so that
+        # activation checkpointing and offloading apply to it too.
+        nothing = torch.empty(0, device=x.device, requires_grad=True)
+        self._node: Any = (x.detach()[..., None] * nothing).grad_fn
 
     def __call__(self) -> Tensor:
-        return self._node.saved_tensors[0]
+        return self._node._saved_self[..., 0]
 
     def release(self) -> None:
         """Drop the input, unless the running backward was asked to retain the graph."""
