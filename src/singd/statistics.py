@@ -6,8 +6,9 @@ activations.) Every backward adds to the statistics, and they live exactly as lo
 
 from __future__ import annotations
 
+import math
 import weakref
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,10 +53,13 @@ class Statistics:
 
 def without_autocast(*devices: torch.device) -> AbstractContextManager[Any]:
     """The context for arithmetic of our own on some devices, where the user may have autocast on."""
+    known = filter(torch.amp.is_autocast_available, {device.type for device in devices})
+    enabled = [kind for kind in known if torch.is_autocast_enabled(kind)]
+    if not enabled:
+        return nullcontext()
     contexts = ExitStack()
-    for kind in {device.type for device in devices}:
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            contexts.enter_context(torch.autocast(kind, enabled=False))
+    for kind in enabled:
+        contexts.enter_context(torch.autocast(kind, enabled=False))
     return contexts
 
 
@@ -105,7 +109,7 @@ def gather(
     H_K = K.to(dtype=dtype_K).curvature(a)
     H_C = C.to(dtype=dtype_C).curvature(b)
     # both are positive semi-definite, so that no entry exceeds the trace, and no trace is negative
-    finite = torch.isfinite(H_K.trace() + H_C.trace())
+    finite = (H_K.trace() + H_C.trace()).abs() < math.inf
     if finite.device.type != "cpu" or not finite:  # only on a CPU it costs nothing to look
         for t in H_K.tensors() + H_C.tensors():
             t.masked_fill_(~finite, 0.0)
