@@ -14,11 +14,19 @@ LEAST = 2**16
 ALIGNED = 16
 """On a CPU, products whose rows begin at multiples of so many numbers are up to 1.4 times as fast (measured)."""
 
-APART = 2**10
-"""Rows so many numbers apart, or a multiple of it, share their places in the cache."""
+APART = 2**8
+"""Rows that lie a multiple of so many numbers apart share their places in the cache."""
 
 NARROW = 64
 """A product with fewer columns is formed as rows: up to twice as fast, and never slower (measured on a CPU)."""
+
+
+def _room(like: Tensor, n: int, m: int) -> Tensor:
+    """Uninitialised room for [n, m], with aligned rows that do not share their places in the cache."""
+    width = -(-m // ALIGNED) * ALIGNED
+    if width % APART == 0:
+        width += ALIGNED
+    return like.new_empty(n, width)[:, :m]
 
 
 def _aligned(like: Tensor, n: int, m: int) -> Tensor | None:
@@ -29,19 +37,19 @@ def _aligned(like: Tensor, n: int, m: int) -> Tensor | None:
     known = like.dtype in (torch.float32, torch.float64)
     if like.device.type != "cpu" or not known or m % ALIGNED == 0 or min(n, m) < 8 * ALIGNED:
         return None
-    return like.new_empty(n, -(-m // ALIGNED) * ALIGNED)[:, :m]
+    return _room(like, n, m)
 
 
 def as_rows(view: Tensor, first: int) -> Tensor:
     """A view as a matrix [n, m]: its first dimensions count the rows, all others the columns.
 
-    Where rows would lie a power of two apart and so share their places in the cache, they get some room
-    between them, which makes products up to 1.2 times as fast (measured on a CPU).
+    Rows that would share their places in the cache get some room between them, which makes products up to
+    1.2 times as fast (measured on a CPU).
     """
     n, m = view.shape[:first].numel(), view.shape[first:].numel()
     if m == 0 or m % APART:
         return view.flatten(first).flatten(0, first - 1)
-    rows = view.new_empty(n, m + ALIGNED)[:, :m]
+    rows = _room(view, n, m)
     rows.unflatten(1, view.shape[first:]).unflatten(0, view.shape[:first]).copy_(view)
     return rows
 
@@ -93,10 +101,7 @@ def symmetric(L: Tensor, R: Tensor) -> Tensor:
     n, m = L.shape
     if not halving_pays(n, m, L.device) or _differentiated(L, R):
         return multiply(L, R)
-    width = -(-n // ALIGNED) * ALIGNED
-    if width % (16 * ALIGNED) == 0:  # rows a power of two apart share their place in the cache
-        width += ALIGNED
-    product = L.new_empty(n, width)[:, :n]
+    product = _room(L, n, n)
     for start, stop in _blocks(n):
         torch.mm(L[start:stop], R[:, :stop], out=product[start:stop, :stop])
     return mirror_(product)
