@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,13 +53,10 @@ class Statistics:
 
 def without_autocast(*devices: torch.device) -> AbstractContextManager[Any]:
     """The context for arithmetic of our own on some devices, where the user may have autocast on."""
-    known = filter(torch.amp.is_autocast_available, {device.type for device in devices})
-    enabled = [kind for kind in known if torch.is_autocast_enabled(kind)]
-    if not enabled:
-        return nullcontext()
     contexts = ExitStack()
-    for kind in enabled:
-        contexts.enter_context(torch.autocast(kind, enabled=False))
+    for kind in filter(torch.amp.is_autocast_available, {device.type for device in devices}):
+        if torch.is_autocast_enabled(kind):
+            contexts.enter_context(torch.autocast(kind, enabled=False))
     return contexts
 
 
