@@ -136,9 +136,9 @@ dense = [r for r in marks if r["structure"] == "dense"]
 assert all(r["share"] < 1 for r in dense)
 assert all(r["times_floor"] < 5 for r in dense)
 dearer = [t for t, r in zip(labels, marks) if r["share"] > 1]
-print("dearer than published:", dearer or "none")
+print("dearer than published:", *dearer or ["none"], sep="\n  ")
 missed = [t for t, r in zip(labels, marks) if r["share"] > r["mark"]]
-print("marks that are missed:", missed or "none")
+print("marks that are missed:", *missed or ["none"], sep="\n  ")
 
 # %%
 # Dense factors cost less than published ones, and less than five times their
