@@ -252,8 +252,12 @@ class SINGD(torch.optim.Optimizer):
             if block.active and block.weight in self._group_of:
                 block.group = self._group_of[block.weight]
         self._collector.states = self.state
-        self._collector.divided = self._ownership.divided
         self._collector.watch(self._blocks, self._group_of)
+
+    def _assign(self) -> None:
+        """Give owners to new blocks."""
+        self._ownership.assign(self._blocks)
+        self._collector.divided = self._ownership.divided
 
     @property
     def _active(self) -> dict[nn.Parameter, Block]:
@@ -339,7 +343,7 @@ class SINGD(torch.optim.Optimizer):
         lr_covs = self._lr_covs()
         fresh = not (self.state or self._collector.heard)
         rehearsal = checkpoint.is_rehearsal(self.param_groups, fresh)
-        self._ownership.assign(self._blocks)
+        self._assign()
         statistics = self._collector.statistics
         if collectives.world_size() > 1 and not rehearsal:
             statistics = self._exchange(lr_covs)
@@ -529,7 +533,7 @@ class SINGD(torch.optim.Optimizer):
             self._index()
             checkpoint.restore(self.param_groups, self._active, self.state, loaded)
             self._collector.clear()
-            self._ownership.assign(self._blocks)
+            self._assign()
             self._ownership.keep_own(self._blocks, self.state)
 
         handles = [
