@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from singd.layers import LayerKind, find_kind
 from singd.options import dtypes, resolve
-from singd.structures import OuterProduct, StructuredMatrix
+from singd.structures import Preconditioner, StructuredMatrix
 
 SIDES = ("K", "C")
 
@@ -35,7 +35,7 @@ class Block:
     frozen_shape: bool = False  # whether factors exist, so that the bias cannot join any more
     _blueprints: dict[str, tuple[str, int, StructuredMatrix]] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, StructuredMatrix]] = field(default_factory=dict)
-    _products: dict[str, tuple[Tensor, OuterProduct | StructuredMatrix]] = field(
+    _products: dict[str, tuple[Tensor, Preconditioner | StructuredMatrix]] = field(
         default_factory=dict
     )
 
@@ -101,14 +101,14 @@ class Block:
         same = flat.data_ptr() == matrix.tensors()[0].data_ptr()
         self._views[key] = (flat, matrix if same else matrix.from_flat(flat))
 
-    def product(self, key: str, flat: Tensor) -> OuterProduct | StructuredMatrix:
+    def product(self, key: str, flat: Tensor) -> Preconditioner | StructuredMatrix:
         """K K^T (or C C^T) where it is worth keeping between updates, else the factor itself."""
         matrix = self.view(key, flat)
         if self.group["T"] == 1:
             return matrix
         known = self._products.get(key)
         if known is None or known[0] is not flat:  # every update makes a new tensor
-            known = (flat, matrix.outer_product() or matrix)
+            known = (flat, matrix.preconditioner() or matrix)
             self._products[key] = known
         return known[1]
 

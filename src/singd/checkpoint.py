@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from singd import options
 from singd.blocks import Block
+from singd.structures import from_recursive_layout
 
 if TYPE_CHECKING:
     from singd.optimizer import SINGD
@@ -108,7 +109,8 @@ def complete(optimizer: SINGD, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     groups = []
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         mine = {name: value for name, value in group.items() if name != "params"}
-        groups.append({**mine, **_copied(saved), "structures": group["structures"]})
+        kept = {"structures": group["structures"], "format": options.FORMAT}
+        groups.append({**mine, **_copied(saved), **kept})
     state = {}
     for index, entry in state_dict["state"].items():
         state[index] = _copied({name: v for name, v in entry.items() if name not in OWN_DTYPE})
@@ -117,10 +119,14 @@ def complete(optimizer: SINGD, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def restore(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
     """Load what has a dtype of its own: torch would cast it to the parameter's."""
-    for p, state, _ in _pairs(optimizer, state_dict):
+    blocks = {b.weight: b for b in optimizer._blocks if b.active}
+    for p, state, saved in _pairs(optimizer, state_dict):
         for key in OWN_DTYPE:
             if key in state:
-                optimizer.state[p][key] = state[key].to(p.device, copy=True)
+                value = state[key].to(p.device, copy=True)
+                if key in FACTORS and saved.get("format", 1) < 2:
+                    value = from_recursive_layout(blocks[p].blueprint(key[-1]), value)
+                optimizer.state[p][key] = value
 
 
 def is_rehearsal(optimizer: SINGD) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures import Structure, structure
+from singd.structures import StructureSpec, structure
 
-FORMAT = 1  # of a checkpoint; raised when an older version could not read a newer one's
+FORMAT = 2  # of a checkpoint; 2 stores bordered factors natively; raised when an older version could not read a newer one's
 
 KFAC_APPROX = ("expand", "reduce")
 LOSS_AVERAGE = (None, "batch", "batch+sequence")
@@ -59,7 +59,7 @@ def dtypes(preconditioner_dtype: Any) -> tuple[torch.dtype | None, torch.dtype |
     return pair
 
 
-def resolve(structures: Any) -> tuple[Structure, Structure]:
+def resolve(structures: Any) -> tuple[StructureSpec, StructureSpec]:
     """``structures`` as a pair for K and C.
 
     Raises:

@@ -19,7 +19,7 @@ from singd.blocks import Block
 
 if TYPE_CHECKING:
     from singd.optimizer import SINGD
-    from singd.structures import Curvature, StructuredMatrix
+    from singd.structures import StructuredMatrix
 
 
 @dataclass(eq=False)
@@ -34,13 +34,13 @@ class Statistics:
         backward: The number of the backward pass that added last.
     """
 
-    H_K: Curvature
-    H_C: Curvature
+    H_K: StructuredMatrix
+    H_C: StructuredMatrix
     rows: Tensor
     terms: Tensor
     backward: int
 
-    def normalised(self) -> tuple[Curvature, Curvature, Tensor | float]:
+    def normalised(self) -> tuple[StructuredMatrix, StructuredMatrix, Tensor | float]:
         """H_K (a mean over rows), H_C (the averaging of the loss undone), and 1.0 if they hold anything, else 0.0.
 
         The sums are used up.
@@ -103,8 +103,8 @@ def gather(
         output_shape=g.shape,
     )
     b = kind.grad_rows(layer, g, x, approx=group["kfac_approx"], dtype=dtype_C)
-    H_K = K.to(dtype=dtype_K).curvature(a)
-    H_C = C.to(dtype=dtype_C).curvature(b)
+    H_K = K.to(dtype=dtype_K).project_congruence(a)
+    H_C = C.to(dtype=dtype_C).project_congruence(b)
     # both are positive semi-definite, so that no entry exceeds the trace, and no trace is negative
     finite = (H_K.trace() + H_C.trace()).abs() < math.inf
     if finite.device.type != "cpu" or not finite:  # only on a CPU it costs nothing to look
@@ -119,15 +119,8 @@ def gather(
 def added(old: Statistics, new: Statistics, loss_average: str | None) -> Statistics:
     """Both together; a loss that is not averaged stays so however many passes there were."""
     terms = old.terms + new.terms if loss_average else torch.maximum(old.terms, new.terms)
-    H_K, H_C = _sum(old.H_K, new.H_K), _sum(old.H_C, new.H_C)
+    H_K, H_C = old.H_K.add_(new.H_K), old.H_C.add_(new.H_C)
     return Statistics(H_K, H_C, old.rows + new.rows, terms, new.backward)
-
-
-def _sum(old: Any, new: Any) -> Curvature:
-    """Both curvatures, in the memory of the old one if they are of one form (which follows from their rows)."""
-    if type(old) is not type(new):
-        old, new = old.formed(), new.formed()
-    return old.add_(new)
 
 
 def _backward_number() -> int:

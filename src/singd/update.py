@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from singd.structures import Curvature, StructuredMatrix
+    from singd.structures import StructuredMatrix
 
 
 class Outer(Protocol):
@@ -26,10 +26,10 @@ class Outer(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype of the factor."""
 
-    def outer(self, X: Tensor) -> Tensor:
+    def mm_AAt(self, X: Tensor) -> Tensor:
         """K K^T X for a dense X, [n, m]."""
 
-    def outer_(self, X: Tensor) -> Tensor:
+    def mm_AAt_(self, X: Tensor) -> Tensor:
         """The same, where X may be overwritten: with the result, or with anything else."""
 
 
@@ -38,8 +38,8 @@ def riemannian_momenta(
     C: StructuredMatrix,
     m_K: StructuredMatrix,
     m_C: StructuredMatrix,
-    H_K: Curvature,
-    H_C: Curvature,
+    H_K: StructuredMatrix,
+    H_C: StructuredMatrix,
     *,
     damping: float,
     alpha1: float,
@@ -57,7 +57,7 @@ def riemannian_momenta(
     ``kfac_like`` (IKFAC) replaces both traces by one and :math:`\alpha_1` by zero. ``weight`` is one, or
     zero to leave the momenta as they are (a number on the device, so that nothing waits for it).
     """
-    KK, CC = K.gram_beside(H_K), C.gram_beside(H_C)  # P(K^T K), P(C^T C)
+    KK, CC = K.gram(), C.gram()  # P(K^T K), P(C^T C)
     tr_H_K: Tensor | float = 1.0
     tr_H_C: Tensor | float = 1.0
     tr_KK: Tensor | float = 1.0
@@ -70,8 +70,8 @@ def riemannian_momenta(
     scale = (0.5 * (1 - alpha1) if normalize else 0.5) * weight
     decay = 1 - weight * (1 - alpha1)
 
-    new_m_K = H_K.add_to(m_K * decay, scale * tr_H_C, KK, scale * damping * tr_CC)
-    new_m_C = H_C.add_to(m_C * decay, scale * tr_H_K, CC, scale * damping * tr_KK)
+    new_m_K = (m_K * decay).add_(H_K, scale * tr_H_C).add_(KK, scale * damping * tr_CC)
+    new_m_C = (m_C * decay).add_(H_C, scale * tr_H_K).add_(CC, scale * damping * tr_KK)
     return new_m_K.add_identity_(-scale), new_m_C.add_identity_(-scale)
 
 
@@ -106,5 +106,5 @@ def natural_gradient(K: Outer, C: Outer, dW: Tensor, *, overwrite: bool = False)
         ``[d_o, d_i]`` in the dtype of ``C``.
     """
     transposed = dW.mT.to(K.dtype)
-    right = (K.outer_(transposed) if overwrite else K.outer(transposed)).mT  # dW K K^T
-    return C.outer_(right.to(C.dtype))
+    right = (K.mm_AAt_(transposed) if overwrite else K.mm_AAt(transposed)).mT  # dW K K^T
+    return C.mm_AAt_(right.to(C.dtype))

@@ -163,7 +163,7 @@ def test_only_plain_values():
     for path, value in leaves(optimizer.state_dict()):
         assert type(value) in plain, path
     for group in optimizer.state_dict()["param_groups"]:
-        assert group["format"] == 1 and group["structures"] == ("diagonal", "dense")
+        assert group["format"] == 2 and group["structures"] == ("diagonal", "dense")
 
 
 def test_keys_are_complete_from_the_first_step_on():
