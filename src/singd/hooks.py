@@ -89,7 +89,9 @@ class Collector:
     @torch.no_grad()
     def gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add the statistics of one backward through one layer, with its input x and output gradient g."""
-        if not self.collecting or self.due(layer) is None:  # (a step came between forward and backward)
+        if (
+            not self.collecting or self.due(layer) is None
+        ):  # (a step came between forward and backward)
             return
         group, kind = block.group, block.kind
         with without_autocast(g.device):
@@ -203,7 +205,10 @@ class Watch:
         self.collector = weakref.ref(collector)
 
     def __reduce__(self) -> Any:
-        return getattr, (nullcontext(), "__exit__")  # takes any arguments, returns None, needs no singd
+        return getattr, (
+            nullcontext(),
+            "__exit__",
+        )  # takes any arguments, returns None, needs no singd
 
     def __deepcopy__(self, memo: Any) -> Any:
         return nullcontext().__exit__
