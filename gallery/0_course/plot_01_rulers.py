@@ -38,7 +38,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 from torch.func import grad, hessian, vmap
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 GRADIENT, NATURAL = dict(rate=0.03, steps=2500), dict(rate=0.05, steps=150)
 _ = torch.set_num_threads(1)
@@ -245,20 +245,13 @@ assert apart.norm(dim=2).min(1).values.max() > 0.2
 # :math:`a = (x, 1)` the gradient of one flower is :math:`(\frac12 - y) \, a`,
 # so :math:`F = \frac14 \, \mathbb{E}[a a^\top]`. The rule ``kfac`` keeps
 # :math:`U = \mathbb{E}[a a^\top]` and :math:`G = \frac14`. So its first step
-# must be ours.
+# must be ours. (``PUBLISHED`` holds the options that we do not name.)
 
 layer = nn.Linear(1, 1).double()
 nn.init.zeros_(layer.weight)
 nn.init.zeros_(layer.bias)
-optimizer = SINGD(
-    layer,
-    rule="kfac",
-    lr=NATURAL["rate"],
-    momentum=0.0,
-    damping=0.0,
-    T=1,
-    loss_average="batch",
-)
+choice = dict(rule="kfac", lr=NATURAL["rate"], momentum=0.0, damping=0.0)
+optimizer = SINGD(layer, **{**PUBLISHED, **choice})
 logits = layer(cm[:, None])[:, 0]
 nn.functional.binary_cross_entropy_with_logits(logits, y).backward()
 optimizer.step()

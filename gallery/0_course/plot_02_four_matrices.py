@@ -71,9 +71,10 @@ from sklearn.datasets import load_iris
 from torch import nn
 from torch.func import grad, hessian, jacrev, vmap
 
-from singd import SINGD, sample_labels
+from singd import PUBLISHED, SINGD, sample_labels
 
 STEPS, NOISE = 40, 0.2
+KFAC = {**PUBLISHED, "rule": "kfac", "lr": 0.0, "loss_average": None}
 _ = torch.set_num_threads(1)
 generator = torch.manual_seed(0)
 
@@ -183,7 +184,7 @@ def four(theta):
     # The gradient is linear in the label, so that two labels with a normal's
     # mean and variance stand for all.
     model = [(0.5 * ones, f - 1), (0.5 * ones, f + 1)]
-    drawn = sample_labels(f, "gaussian", generator)
+    drawn = sample_labels(f, "gaussian", generator=generator)
     return {
         "Fisher": fisher_like(error, theta, x, model),
         "Gauss-Newton": gauss_newton(square, curve, theta, x, y),
@@ -246,7 +247,7 @@ net = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
 
 
 def by_library(labels):
-    optimizer = SINGD(net, rule="kfac", lr=0.0, T=1, loss_average=None)
+    optimizer = SINGD(net, **KFAC)
     for weight, label in labels:
         (weight.sqrt() * softmax_loss(net(a), label)).backward()
     optimizer.step()

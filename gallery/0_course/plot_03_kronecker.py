@@ -53,9 +53,10 @@ from sklearn.datasets import load_iris
 from torch import nn
 from torch.func import jacrev, vmap
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS = 20
+KFAC = {**PUBLISHED, "rule": "kfac", "lr": 0.0, "loss_average": None}
 _ = torch.set_num_threads(1)
 _ = torch.manual_seed(0)
 data, kinds = map(torch.tensor, load_iris(return_X_y=True))
@@ -245,7 +246,7 @@ assert errors[[0, 3]].min() > 0.05
 # our :math:`s_c` into ``backward``. With ``loss_average=None``, :math:`G` is
 # the sum over the 150 flowers, so we divide.
 
-optimizer = SINGD(net, rule="kfac", lr=0.0, T=1, loss_average=None)
+optimizer = SINGD(net, **KFAC)
 f = net(flowers)
 for s in softmax(f.detach()):
     f.backward(s, retain_graph=True)
