@@ -217,7 +217,7 @@ paths = {
 w = torch.linspace(-0.3, 3.6, 60).double()
 b = torch.linspace(-1.8, 0.3, 60).double()
 heights = vmap(loss, (0, None))(torch.cartesian_prod(w, b), cm)
-fig, ax = plt.subplots(figsize=(6, 4.6))
+fig, ax = plt.subplots(figsize=(5.4, 4.4))
 ax.contour(w, b, heights.view(60, 60).T, 14, colors="0.8", linewidths=1)
 styles = ("C0-", "C1-", "C2-", "kx")
 for (name, visited), style in zip(paths.items(), styles):

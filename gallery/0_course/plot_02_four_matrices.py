@@ -138,7 +138,7 @@ means = torch.stack(samples).cumsum(0) / count[:, None, None]
 errors = (means - F).norm(dim=(1, 2)) / F.norm()
 gap = (fisher_like(nll, theta, flowers, [(ones, kinds)]) - F).norm()
 
-fig, ax = plt.subplots(figsize=(5.6, 3.6))
+fig, ax = plt.subplots(figsize=(5.4, 3.6))
 ax.loglog(count, errors, label="mean of Monte-Carlo Fishers")
 ax.loglog(count, errors[0] / count.sqrt(), "C7:", label="slope −1/2")
 ax.axhline(gap / F.norm(), color="C1", label="empirical Fisher")
@@ -162,8 +162,7 @@ assert errors[-1] < 0.1 * gap / F.norm()
 # root: how wide the gradients scatter around 0.
 
 x = torch.linspace(-2, 2, 200).double()
-y = 1.5 * torch.tanh(1.2 * x)
-y = y + NOISE * torch.randn(200, generator=generator).double()
+y = 1.5 * torch.tanh(1.2 * x) + NOISE * torch.randn(200).double()
 ones = torch.ones_like(x)
 
 
@@ -202,7 +201,7 @@ for _ in range(STEPS):
 angle = torch.linspace(0, 2 * torch.pi, 99).double()
 circle = torch.stack([angle.cos(), angle.sin()])
 looks = dict(zip(run[0], ("C0-", "k:", "C2--", "C1-")))
-fig, axes = plt.subplots(1, 2, figsize=(7, 3.8), sharex=True, sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(6, 3.6), sharex=True, sharey=True)
 for ax, step in zip(axes, (0, STEPS - 1)):
     for name, M in run[step].items():
         values, vectors = torch.linalg.eigh(M)
@@ -217,7 +216,7 @@ _ = fig.suptitle("The empirical Fisher shrinks with the residuals")
 # it is nearly nothing, though the model is as sensitive to its weights as
 # before.
 
-fig, ax = plt.subplots(figsize=(5.6, 3.6))
+fig, ax = plt.subplots(figsize=(5.4, 3.6))
 for name, look in looks.items():
     ax.semilogy([M[name].trace() for M in run], look, label=name)
 ax.set(xlabel="step", ylabel="trace")

@@ -150,7 +150,7 @@ def draw(ax, act):
 
 
 table = []
-fig, axes = plt.subplots(1, 2, figsize=(7, 3.6), sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(6, 3.5), sharey=True)
 for ax, act in zip(axes, (linear, torch.tanh)):
     draw(ax, act)
 axes[0].set(title="linear network", ylabel="relative error of G ⊗ U")
@@ -179,7 +179,7 @@ assert min(table[1][0], table[3][0]) > 6
 # :math:`U`. The mean of the tokens forgets how they differ.
 
 a = torch.cat([digits, torch.ones_like(digits[..., :1])], 2)
-fig, ax = plt.subplots(figsize=(5.6, 3.6))
+fig, ax = plt.subplots(figsize=(5.4, 3.6))
 spectra = {}
 for name, v in {"expand": a.flatten(0, 1), "reduce": a.mean(1)}.items():
     spectra[name] = torch.linalg.eigvalsh(v.T @ v / len(v)).flip(0)[:7]
@@ -219,7 +219,7 @@ def cosine(approximation, setting, x):
 
 alike = torch.linspace(0, 1, 11).double()
 means = digits.mean(1, keepdim=True)
-fig, ax = plt.subplots(figsize=(5.6, 3.6))
+fig, ax = plt.subplots(figsize=(5.4, 3.6))
 for case in ((expand, pooled), (reduce, per_token)):
     cosines = [cosine(*case, (1 - t) * digits + t * means) for t in alike]
     name = ", ".join(part.__name__ for part in case).replace("_", " ")

@@ -2,9 +2,9 @@ r"""
 Lesson 5: Damping: how far do I trust a curvature?
 ==================================================
 
-The natural gradient jumps to the minimum of a quadratic model. With hardly any
-curvature it jumps far, and far away the model is wrong. **Damping** says how
-far to trust it. KFAC damps its two factors, and needs a second number for that.
+The natural gradient jumps to the minimum of a quadratic model. With hardly
+any curvature it jumps far, and far away the model is wrong. **Damping** says
+how far to trust it. KFAC damps two factors, and needs a second number for it.
 
 .. admonition:: What you will learn
 
@@ -84,9 +84,8 @@ _ = torch.manual_seed(0)
 # %%
 # A network for handwritten digits, trained a little.
 
-data = load_digits()
-x = torch.tensor(data.data[:DIGITS]) / 16
-y = torch.tensor(data.target[:DIGITS])
+data, target = load_digits(return_X_y=True)
+x, y = torch.tensor(data[:DIGITS]) / 16, torch.tensor(target[:DIGITS])
 net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).double()
 loss_of = nn.functional.cross_entropy
 sgd = torch.optim.SGD(net.parameters(), lr=0.3)
@@ -154,8 +153,8 @@ def with_pi(U, G, V, damping):
 # How far?
 # --------
 #
-# Take *one* step at rate 1, for many :math:`\lambda`, and compare the loss with
-# what the quadratic model promised.
+# Take *one* step at rate 1, for many :math:`\lambda`, and compare the loss
+# with what the quadratic model promised.
 #
 # **Before you run on:** what will happen to promise and loss for a very small
 # :math:`\lambda`?
@@ -170,10 +169,9 @@ def after(N):
 
 
 def promised(N):
-    change = sum(
-        (0.5 * (g @ n @ u) * n - v * n).sum() for u, g, v, n in zip(U, G, V, N)
-    )
-    return (before + change).item()
+    parts = zip(U, G, V, N)
+    change = [((0.5 * g @ n @ u - v) * n).sum() for u, g, v, n in parts]
+    return before + sum(change).item()
 
 
 before = loss_of(net(x), y).item()
@@ -184,7 +182,7 @@ for method in (full, factored, with_pi):
     curves[method.__name__.replace("_", " ")] = [after(N) for N in steps]
 curves["promised"] = [promised(N) for N in steps]
 
-fig, ax = plt.subplots(figsize=(6, 3.8))
+fig, ax = plt.subplots(figsize=(5.4, 3.6))
 for name, values in curves.items():
     style = "k:" if name == "promised" else "-"
     ax.semilogx(lambdas, values, style, label=name)
@@ -197,11 +195,7 @@ _ = ax.legend(loc="upper right")
 delivered = torch.tensor(list(curves.values()))
 assert (delivered[:3].min(1).values < before / 3).all()
 assert (delivered[:3, 0] > 5 * before).all()
-assert (
-    (delivered[2, -8:] - delivered[3, -8:]).abs().max()
-    < 0.1
-    < -delivered[3, 0]
-)
+assert delivered[2:, -8:].diff(dim=0).abs().max() < 0.1 < -delivered[3, 0]
 assert delivered[0].argmin() > delivered[2].argmin() > delivered.shape[1] / 2
 # sphinx_gallery_end_ignore
 
@@ -222,7 +216,7 @@ u, g = 10 ** log_u[None], 10 ** log_g[:, None]
 
 
 def draw(title, U, G, **balances):
-    fig, axes = plt.subplots(1, 2, figsize=(7, 3.9), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(6, 3.6), sharey=True)
     pairs = torch.cartesian_prod(*map(torch.linalg.eigvalsh, (U, G)))
     for ax, (name, pi) in zip(axes, balances.items()):
         divisor = u * g + DAMPING
@@ -261,10 +255,10 @@ draw("After U → 100 U, G → G / 100", A, B, factored=1.0, with_pi=pi)
 #    = \frac1c \left( G + \frac{\sqrt\lambda}{\pi} I \right) .
 
 scales = torch.logspace(-4, 4, 17).double()
-fig, ax = plt.subplots(figsize=(6, 3.6))
+fig, ax = plt.subplots(figsize=(5.4, 3.6))
 target, gap = full(U[0], G[0], V[0], DAMPING), {}
-for color, method in (("C1", factored), ("C2", with_pi)):
-    name = method.__name__.replace("_", " ")
+cases = (("C1", "factored", factored), ("C2", "with pi", with_pi))
+for color, name, method in cases:
     N = [method(c * U[0], G[0] / c, V[0], DAMPING) for c in scales]
     gap[name] = torch.stack([(n - target).norm() for n in N]) / target.norm()
     ax.semilogx(scales, gap[name], "o-", label=name, color=color)
@@ -320,7 +314,6 @@ for pi, method in ((True, with_pi), (False, factored)):
 #        trust = [(before - a) / (before - b) for a, b in zip(got, wanted)]
 #        chosen = min(k for k, v in zip(lambdas, trust) if v > 0.5)
 #        best = lambdas[got.index(min(got))]
-#        print(f"trusted {chosen:.0e}, best {best:.0e}")
 #        assert 0.1 < chosen / best < 10
 #
 # .. admonition:: Exercise
