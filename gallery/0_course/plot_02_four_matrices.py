@@ -161,6 +161,7 @@ assert errors[-1] < 0.1 * gap / F.norm()
 # points. An ellipse is the image of the unit circle under a matrix's square
 # root: how wide the gradients scatter around 0.
 
+# sphinx_gallery_thumbnail_number = 2
 x = torch.linspace(-2, 2, 200).double()
 y = 1.5 * torch.tanh(1.2 * x) + NOISE * torch.randn(200).double()
 ones = torch.ones_like(x)

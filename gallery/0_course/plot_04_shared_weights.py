@@ -157,7 +157,7 @@ axes[0].set(title="linear network", ylabel="relative error of G ⊗ U")
 axes[0].set_ylim(0, 8)
 axes[1].set_title("with a tanh")
 axes[1].legend()
-_ = fig.suptitle("Each is exact in its own setting")
+_ = fig.suptitle("Each is best in its own setting")
 
 assert max(table[0][0], table[1][1]) < 1e-12
 

@@ -211,6 +211,7 @@ assert delivered[0].argmin() > delivered[2].argmin() > delivered.shape[1] / 2
 # Colour is the share that is kept of the undamped step. Dots are pairs of
 # eigenvalues of the first layer. On the dashed line, full damping keeps half.
 
+# sphinx_gallery_thumbnail_number = 2
 log_u, log_g = torch.linspace(-5, 4, 90), torch.linspace(-7, 0, 70)
 u, g = 10 ** log_u[None], 10 ** log_g[:, None]
 
