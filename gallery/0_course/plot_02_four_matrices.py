@@ -21,33 +21,34 @@ One formula, four labels
 A network computes :math:`f = f_\theta(x)`, and the loss of one example is
 :math:`\ell(f, y) = -\log p(y \mid f)`. With the Jacobian
 :math:`J = \partial f / \partial \theta` and
-:math:`s = \partial \ell / \partial f`, its gradient is :math:`J^\top s`. Every
+:math:`r = \partial \ell / \partial f`, its gradient is :math:`J^\top r`. Every
 Fisher matrix is the mean of
 
 .. math::
 
-   \nabla_\theta \ell \, \nabla_\theta \ell^\top = J^\top s \, s^\top J .
+   \nabla_\theta \ell \, \nabla_\theta \ell^\top = J^\top r \, r^\top J .
 
-Only the labels differ, on which :math:`s` depends:
+Only the labels differ, on which :math:`r` depends:
 
 - **Fisher matrix**: every label, weighted as the *model* believes in it.
 - **Monte-Carlo Fisher**: one label for each input, drawn from the model.
 - **Empirical Fisher**: the label in the *data*.
 
 The fourth comes from the Hessian. By the chain rule
-:math:`\nabla^2_\theta \ell = J^\top H J + \sum_c s_c \nabla^2_\theta f_c` with
+:math:`\nabla^2_\theta \ell = J^\top H J + \sum_c r_c \nabla^2_\theta f_c` with
 :math:`H = \nabla^2_f \ell`. The **Gauss-Newton matrix** is the mean of its
 first part, :math:`J^\top H J`.
 
 Why Fisher is Gauss-Newton
 --------------------------
 
-Lesson 1 showed that :math:`\mathbb{E}_y[s s^\top] = \mathbb{E}_y[H]` under
-the model's own labels. The Jacobian knows no label, so
+Lesson 1, with :math:`f` in place of :math:`\theta`, showed that
+:math:`\mathbb{E}_y[r r^\top] = \mathbb{E}_y[H]` under the model's own labels.
+The Jacobian knows no label, so
 
 .. math::
 
-   F = \mathbb{E}_x \, J^\top \, \mathbb{E}_y[s s^\top] \, J
+   F = \mathbb{E}_x \, J^\top \, \mathbb{E}_y[r r^\top] \, J
      = \mathbb{E}_x \, J^\top \, \mathbb{E}_y[H] \, J .
 
 Now take the two usual losses.
@@ -56,13 +57,13 @@ Now take the two usual losses.
 
    \begin{aligned}
    \text{softmax:} \quad
-   & s = p - e_y , & H &= \mathrm{diag}(p) - p p^\top , \\
+   & r = p - e_y , & H &= \mathrm{diag}(p) - p p^\top , \\
    \text{Gaussian, } \tfrac12 \lVert f - y \rVert^2 \text{:} \quad
-   & s = f - y , & H &= I .
+   & r = f - y , & H &= I .
    \end{aligned}
 
-Neither :math:`H` contains :math:`y`. So the mean over :math:`y` changes
-nothing, and :math:`F = \mathbb{E}_x[J^\top H J]` is the Gauss-Newton matrix.
+Neither :math:`H` contains :math:`y`, so its mean is :math:`H` itself, and
+:math:`F = \mathbb{E}_x[J^\top H J]` is the Gauss-Newton matrix.
 """
 
 import matplotlib.pyplot as plt
@@ -100,7 +101,7 @@ def gauss_newton(loss, f, theta, x, y):
 
 
 # %%
-# A classifier: a network with 27 weights, three kinds of iris.
+# A classifier with 27 weights, for three kinds of iris.
 
 data, kinds = map(torch.tensor, load_iris(return_X_y=True))
 flowers = (data - data.mean(0)) / data.std(0)
@@ -214,8 +215,7 @@ _ = fig.suptitle("The empirical Fisher shrinks with the residuals")
 # %%
 # Fisher and Gauss-Newton are one ellipse. The empirical matrix is the mean of
 # :math:`(f - y)^2 J^\top J`. While the fit is bad it is too large. In the end
-# it is nearly nothing, though the model is as sensitive to its weights as
-# before.
+# it is nearly nothing, though the model is as sensitive as before.
 
 fig, ax = plt.subplots(figsize=(5.4, 3.6))
 for name, look in looks.items():
@@ -230,8 +230,8 @@ assert sizes[0][3] > 2 * sizes[0][0]
 assert sizes[-1][3] < 0.1 * sizes[-1][0]
 
 # %%
-# A ruler that shrinks with the residuals makes steps
-# :math:`F_{\text{emp}}^{-1} \nabla \ell` that explode near the goal.
+# As a fit becomes perfect, the gradient vanishes like :math:`f - y`, but this
+# matrix like its square. So a step by its inverse explodes.
 #
 # The library's answer
 # --------------------
@@ -275,8 +275,8 @@ for name, chosen in labels.items():
 # When not to use this
 # --------------------
 #
-# All labels cost a backward pass per class, Monte Carlo one pass more. The
-# empirical Fisher costs none, and that is its whole merit.
+# All labels cost a backward pass per class, Monte Carlo one in all. The
+# empirical Fisher costs none: its whole merit.
 #
 # .. admonition:: Lessons learned
 #
@@ -310,7 +310,7 @@ for name, chosen in labels.items():
 #
 # .. dropdown:: Solution
 #
-#    The Hessian. Its second part, :math:`s \nabla^2 f`, has any sign. The
+#    The Hessian. Its second part, :math:`r \nabla^2 f`, has any sign. The
 #    Gauss-Newton matrix is a mean of squares.
 #
 #    .. code-block:: python

@@ -66,8 +66,8 @@ flowers = (data - data.mean(0)) / data.std(0)
 # From scratch
 # ------------
 #
-# Instead of summing over labels, send vectors :math:`s_c` backward that
-# satisfy :math:`\sum_c s_c s_c^\top = H`, the second moment of lesson 2:
+# Instead of summing over labels, send vectors :math:`r_c` backward that
+# satisfy :math:`\sum_c r_c r_c^\top = H`, the second moment of lesson 2:
 # :math:`\sqrt{p_c} \, (p - e_c)` for softmax, unit vectors for a Gaussian.
 
 
@@ -89,7 +89,7 @@ def rows(weights, act, likelihood, x):
         z.append(a[-1] @ W.T)
         x = act(z[-1])
     vectors = likelihood(z[-1].detach())
-    g = [torch.autograd.grad(z[-1], z, s, retain_graph=True) for s in vectors]
+    g = [torch.autograd.grad(z[-1], z, r, retain_graph=True) for r in vectors]
     return [v.detach() for v in a], [torch.stack(v) for v in zip(*g)]
 
 
@@ -190,14 +190,14 @@ assert min(between, within) > 0.3
 # = \mathbb{E}[g g^\top] \otimes a a^\top`.
 #
 # *A deep linear network with square loss.* The layers behind :math:`z` form
-# one matrix :math:`B`, so :math:`g = B^\top s`. The true Fisher has
-# :math:`\mathbb{E}_y[s s^\top] = H = I`, hence
+# one matrix :math:`B`, so :math:`g = B^\top r`. The true Fisher has
+# :math:`\mathbb{E}_y[r r^\top] = H = I`, hence
 #
 # .. math::
 #
 #    \mathbb{E}_y[g g^\top] = B^\top B \quad\text{for every } x ,
 #
-# a constant. With the labels of the data, :math:`s = f - y` is large for some
+# a constant. With the labels of the data, :math:`r = f - y` is large for some
 # :math:`x` and small for others.
 #
 # **Before you run on:** we measure the error inside the blocks for four cases.
@@ -243,13 +243,13 @@ assert errors[[0, 3]].min() > 0.05
 # --------------------
 #
 # The rule ``kfac`` takes all backward passes before a step together. We send
-# our :math:`s_c` into ``backward``. With ``loss_average=None``, :math:`G` is
+# our :math:`r_c` into ``backward``. With ``loss_average=None``, :math:`G` is
 # the sum over the 150 flowers, so we divide.
 
 optimizer = SINGD(net, **KFAC)
 f = net(flowers)
-for s in softmax(f.detach()):
-    f.backward(s, retain_graph=True)
+for r in softmax(f.detach()):
+    f.backward(r, retain_graph=True)
 optimizer.step()
 kept = [optimizer.factors(name) for name in layers]
 products = [torch.kron(v.G.dense() / 150, v.U.dense()) for v in kept]

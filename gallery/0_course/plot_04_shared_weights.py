@@ -31,7 +31,7 @@ let the rest of the network be one matrix :math:`B`, and the loss a square.
 
 **Per token.** Every position has an output :math:`f_s = B z_s` and a label of
 its own. Then each position is an example in its own right, and lesson 3 holds
-for :math:`N S` of them: :math:`g = B^\top s`, and
+for :math:`N S` of them: :math:`g = B^\top r`, and
 
 .. math::
 
@@ -45,12 +45,15 @@ This is **KFAC-expand**: every position is a row.
 **Pooled.** The positions are averaged before the loss,
 :math:`f = \frac1S \sum_s B z_s = B W \bar a`, with the mean
 :math:`\bar a = \frac1S \sum_s a_s`. Now there is one label for all positions,
-and all have the same :math:`g_s = \frac1S B^\top s`. The sum stays inside:
+and all have the same :math:`g_s = \frac1S B^\top r`. The sum stays inside:
 :math:`\sum_s g_s a_s^\top = \left( \sum_s g_s \right) \bar a^\top`, and
 
 .. math::
 
-   F = \sum_n B^\top B \otimes \bar a_n \bar a_n^\top .
+   F = \sum_n B^\top B \otimes \bar a_n \bar a_n^\top
+     = \underbrace{\sum_n B^\top B}_{G}
+       \otimes
+       \underbrace{\tfrac1N \sum_n \bar a_n \bar a_n^\top}_{U} .
 
 This is **KFAC-reduce**: one row for each example, the *mean* of its
 :math:`a_s` and the *sum* of its :math:`g_s`.

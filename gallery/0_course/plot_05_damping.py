@@ -291,6 +291,7 @@ for pi, method in ((True, with_pi), (False, factored)):
 #
 # A fixed :math:`\lambda` suits one scale: multiply the loss by 100, and it
 # damps 10,000 times less, since :math:`G` is made of squared gradients.
+# ``relative_damping=True`` measures it in units of :math:`\bar u \bar g`.
 #
 # .. admonition:: Lessons learned
 #
