@@ -35,8 +35,15 @@ class Page:
         _, blocks = sphinx_gallery.split_code_and_text_blocks(str(path))
         self.text = "\n\n".join(b[1] for b in blocks if b[0] == "text")
         self.code = "\n".join(b[1] for b in blocks if b[0] == "code")
+        self.shown = sphinx_gallery.remove_config_comments(
+            sphinx_gallery.remove_ignore_blocks(self.code)
+        )
         self.code = sphinx_gallery.remove_config_comments(self.code)
-        self.notebook = nbformat.read(ROOT / "notebooks" / f"{path.stem}.ipynb", as_version=4)
+        self.is_lesson = path.parent.name == "0_course"
+        answered = "_solution" if self.is_lesson else ""
+        self.notebook = nbformat.read(
+            ROOT / "notebooks" / f"{path.stem}{answered}.ipynb", as_version=4
+        )
 
     def directive(self, kind, title=""):
         """The body of the first directive of this kind with this title."""
@@ -59,7 +66,7 @@ def page(request):
 
 def test_its_length(page):
     assert 300 <= len(page.words()) <= 600
-    code = [line.strip() for line in page.code.splitlines()]
+    code = [line.strip() for line in page.shown.splitlines()]
     code = [line for line in code if line and not line.startswith("#")]
     assert 60 <= len(code) <= 120
 
@@ -109,6 +116,12 @@ def test_its_exercise_has_a_solution_that_runs(page):
     assert any(isinstance(n, ast.Assert) for n in ast.walk(ast.parse("\n".join(solutions))))
     run = {c.source: c.execution_count for c in page.notebook.cells if c.cell_type == "code"}
     assert all(run[s] for s in solutions), "not run in the notebook"
+
+
+def test_a_lesson_has_two_exercises(page):
+    if page.is_lesson:
+        for kind in ("admonition:: Exercise", "dropdown:: Solution"):
+            assert len(re.findall(rf"^\.\. {kind}", page.text, re.M)) == 2
 
 
 def test_it_has_four_links_and_says_where_to_go_next(page):
