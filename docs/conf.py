@@ -35,6 +35,8 @@ extensions = [
     "sphinxext.opengraph",
     "sphinx_sitemap",
     # in docs/_ext
+    "interactive",
+    "lessons",
     "public_names",
     "structures_table",
 ]
@@ -121,20 +123,7 @@ html_css_files = ["custom.css"]
 html_baseurl = "https://example.org/singd/"
 html_show_sourcelink = False
 html_context = {"default_mode": "auto"}  # without it: a console warning on the first visit
-html_sidebars = {
-    p: []
-    for p in (
-        "index",
-        "install",
-        "concepts",
-        "structures",
-        "choosing",
-        "api",
-        "comparison",
-        "changelog",
-        "bibliography",
-    )
-}
+html_sidebars = {page.stem: [] for page in HERE.glob("*.md")}  # the gallery alone has one
 html_theme_options = {
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
