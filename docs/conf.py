@@ -13,6 +13,7 @@ import sphinxcontrib.katex as _katex
 HERE = pathlib.Path(__file__).parent.resolve()
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE / "_ext"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 project = "singd"
 author = "the singd developers"
@@ -37,6 +38,7 @@ extensions = [
     # in docs/_ext
     "interactive",
     "lessons",
+    "page_facts",
     "public_names",
     "structures_table",
 ]
@@ -110,7 +112,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "abort_on_example_error": True,
     "write_computation_times": False,
-    "min_reported_time": 1e9,
+    "min_reported_time": 0,  # page_facts shows it at the top
     "image_srcset": ["2x"],
     "download_all_examples": False,
 }
@@ -129,7 +131,7 @@ html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 2,
     "navigation_with_keys": True,
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 7,
     "pygments_light_style": "tango",
     "pygments_dark_style": "monokai",
     "secondary_sidebar_items": [
@@ -149,5 +151,20 @@ def _bring_notebooks(app):
         shutil.copyfile(ROOT / "notebooks" / f"{page.stem}.ipynb", page.with_suffix(".ipynb"))
 
 
+def _bring_slides_and_archive(app, exception):
+    """What the pages link to, and Sphinx does not make."""
+    if exception is None and app.builder.format == "html":
+        import archive
+        import slides
+
+        out = pathlib.Path(app.outdir)
+        slides.write(out / "slides", slides.names())
+        archive.write(out / "singd-gallery.zip")
+        (out / "solutions").mkdir(exist_ok=True)
+        for path in (*ROOT.glob("notebooks/*_solution.ipynb"), ROOT / "notebooks/course_check.py"):
+            shutil.copyfile(path, out / "solutions" / path.name)
+
+
 def setup(app):
     app.connect("builder-inited", _bring_notebooks, priority=900)  # after sphinx-gallery's
+    app.connect("build-finished", _bring_slides_and_archive)

@@ -18,6 +18,20 @@ sphinx_gallery = pytest.importorskip("sphinx_gallery.py_source_parser")
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted((ROOT / "gallery").glob("*/plot_*.py"))
 INDENTED = r"(?:\n(?:[ \t]*\n)*\1[ \t]+[^\n]*)*"  # the lines below a directive in group 1
+# As gallery/matplotlibrc says; structures only where a page names them so.
+COLOURS = {
+    "SINGD": "C0",
+    "AdamW": "C1",
+    "KFAC": "C2",
+    "Shampoo": "C4",
+    "Muon": "C5",
+    "SOAP": "C6",
+    "SGD": "C7",
+    "IKFAC": "C9",
+    "dense": "C0",
+    "hierarchical": "C5",
+    "diagonal": "C9",
+}
 ROLE = re.compile(r":(?:ref|doc|class|func|meth|attr|mod):`(?:[^`<]*<)?([^`>]*)>?`")
 
 
@@ -144,3 +158,14 @@ def test_no_output_is_an_address(page):
         for output in cell.get("outputs", []):
             shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             assert not re.search(r" at 0x|<bound method", shown), cell.source.splitlines()[-1]
+
+
+def test_each_optimizer_and_structure_has_its_colour(page):
+    """Where a page gives colours in a dictionary by these names, as its figures should."""
+    for mapping in (n for n in ast.walk(ast.parse(page.code)) if isinstance(n, ast.Dict)):
+        for key, value in zip(mapping.keys, mapping.values, strict=True):
+            name = key.value if isinstance(key, ast.Constant) else None
+            colours = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant)]
+            colours = [c for c in colours if isinstance(c, str) and re.fullmatch(r"C\d", c)]
+            if name in COLOURS:
+                assert set(colours) <= {COLOURS[name]}, f"{name} is {COLOURS[name]}"

@@ -114,10 +114,10 @@ function filters({ lam, c }) {
 const gap = (a, b) => Math.max(...a.flatMap((row, j) => row.map((v, i) => Math.abs(v - b[j][i]))));
 
 const damping = {
-  start: { lam: 1e-3, c: 10 },
+  start: { lam: 1e-3, c: 1 },
   controls: [
     { name: "lam", label: "damping λ", range: LAMBDA },
-    { name: "c", label: "scale c: U → c U, G → G / c", range: SCALE },
+    { name: "c", label: "scale c: c U, G / c", range: SCALE },
   ],
   panels(state) {
     const f = filters(state);
