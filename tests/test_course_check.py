@@ -28,13 +28,18 @@ def ask(module, monkeypatch, capsys):
         return torch.randn(3, generator=generator), torch.randn(2, generator=generator)
 
     outer = module.Exercise(
+        asks="a function of a and g",
         right=lambda a, g: g[:, None] * a,
         inputs=vectors,
         hint="Start from one entry.",
         mistakes=((lambda a, g: 2 * g[:, None] * a, "There is no factor 2."),),
     )
     monkeypatch.setitem(module.EXERCISES, "x", outer)
-    monkeypatch.setitem(module.EXERCISES, "y", module.Exercise(right=41.0, hint="One more."))
+    monkeypatch.setitem(module.EXERCISES, "y", module.Exercise("a number", "One more.", 41.0))
+    word = module.Exercise(
+        "a word", "One of the two.", "left", mistakes=(("Right", "Turn round."),)
+    )
+    monkeypatch.setitem(module.EXERCISES, "z", word)
 
     def ask(answer, name="x"):
         is_right = module.check(name, answer)
@@ -75,6 +80,12 @@ def test_an_answer_that_is_not_written_yet(ask):
     assert ask(40, "y") == "y: not yet. One more."
 
 
+def test_an_answer_that_is_a_word(ask):
+    assert ask("Left ", "z") == "z: right."
+    assert ask("right", "z") == "z: not yet. Turn round."
+    assert ask("up", "z") == "z: not yet. One of the two."
+
+
 def test_an_answer_cannot_spoil_the_inputs_of_the_next_trial(ask):
     assert ask(lambda a, g: torch.outer(g.mul_(1), a.mul_(1))) == "x: right."
 
@@ -86,7 +97,9 @@ def test_an_unknown_name_is_an_error(module):
 
 def test_every_exercise_is_well_posed(module):
     """Its own answer is right, and each mistake that it foresees is wrong and has another sentence."""
+    assert len(module.EXERCISES) >= 18
     for name, exercise in module.EXERCISES.items():
+        assert exercise.asks and exercise.hint.endswith((".", "?"))
         assert module._verdict(exercise, exercise.right) is None, name
         for wrong, hint in exercise.mistakes:
             assert module._verdict(exercise, wrong) == hint, name

@@ -138,9 +138,7 @@ A claim
 
    .. code-block:: python
 
-       from course_check import check
-
-       assert check("01.1", 2)
+       assert one + one == 2
 
 After.
 """
@@ -172,7 +170,7 @@ def test_hidden_lines_that_are_no_whole_statements_are_refused(tool):
     indented = re.sub(r"^(# sphinx_gallery|assert one)", r"    \1", GUARDED, flags=re.M)
     page.write_text(indented.replace("one = 1\n", "one = 1\nif one:\n"))
     with pytest.raises(
-        SystemExit, match=r"plot_1_claim\.py: the ignored lines in .* line 2\d must be"
+        SystemExit, match=r"plot_1_claim\.py: the ignored lines in .* line 19 must be"
     ):
         tool.convert(page)
 
@@ -185,13 +183,16 @@ def test_a_lesson_asks_in_one_notebook_and_answers_in_another(tool):
     made = {path.name: nb for path, nb in tool.notebooks(page).items()}
     asks, answers = made["plot_02_lesson.ipynb"], made["plot_02_lesson_solution.ipynb"]
     assert cells(asks)[0] == (
-        "# Your answer\n\n\n# Then ask whether it is right:\n# from course_check import check\n"
-        '# check("01.1", 2)\n# A solution is in plot_02_lesson_solution.ipynb',
+        "# Your answer\n\n\n"
+        "# Is it right? Give the checker a function of residuals [n] and sigma: the\n"
+        "# empirical Fisher over the Fisher matrix, if J is constant.\n"
+        '# from course_check import check\n# check("02.1", ...)\n'
+        "# A solution is in plot_02_lesson_solution.ipynb",
         ["answer"],
     )
     assert "Add it" not in str(asks) and "Double one" in str(asks) and "After." in str(asks)
     assert cells(asks)[1:] == cells(answers)[1:]
-    assert "assert check" in cells(answers)[0][0]
+    assert cells(answers)[0][0] == "assert one + one == 2"
 
     for name, nb in made.items():
         for cell in nb.cells:

@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import hashlib
+import importlib.util
+import itertools
 import os
 import pathlib
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import nbformat
 from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
@@ -27,6 +31,7 @@ from sphinx_gallery.py_source_parser import remove_config_comments, split_code_a
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GALLERY, NOTEBOOKS = ROOT / "gallery", ROOT / "notebooks"
+CHECKER = NOTEBOOKS / "course_check.py"
 QUOTE = "\x01"  # stands for ">", which sphinx-gallery would take for a heading's underline
 # `# sphinx_gallery_nbval = "nbval-ignore-output"` in a code block: a tag of its cell (and nothing on the page)
 TAG = re.compile(r'^# sphinx_gallery_nbval = "([a-z-]+)"$', re.M)
@@ -39,7 +44,6 @@ GUARD = re.compile(
     re.M | re.S,
 )
 COURSE = "0_course"  # the folder whose solutions go into notebooks of their own
-CHECK = re.compile(r"^(?:assert )?(check\(.*\))$", re.M)
 SOLUTION = re.compile(r"\n( +)\.\. code-block:: python\n((?:\1 +[^\n]*\n?|[ \t]*\n)*)")
 ADMONITIONS = "admonition|note|warning|tip|important|hint|seealso|caution|attention|danger|error"
 
@@ -143,23 +147,35 @@ def _code(content: str, line: int, script: str) -> list[tuple[str, str, int, lis
     return cells
 
 
-def _answer(code: list[str], script: str) -> str:
-    """The empty cell in place of a solution: it keeps only the call that checks an answer."""
-    calls = [call for c in code for call in CHECK.findall(c)]
+@functools.cache
+def _exercises() -> dict:
+    """What the checker knows of the course's exercises."""
+    spec = importlib.util.spec_from_file_location("course_check", CHECKER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["course_check"] = module
+    spec.loader.exec_module(module)
+    return module.EXERCISES
+
+
+def _answer(name: str, script: str) -> str:
+    """The empty cell in place of a solution: what to give to the checker, and where the solution is."""
     lines = ["# Your answer", "", ""]
-    if calls:
-        lines += ["# Then ask whether it is right:", "# from course_check import check"]
-        lines += [f"# {call}" for call in calls]
+    if exercise := _exercises().get(name):
+        asks = textwrap.wrap(f"Is it right? Give the checker {exercise.asks}.", 76)
+        lines += [f"# {line}" for line in asks]
+        lines += ["# from course_check import check", f'# check("{name}", ...)']
     lines.append(f"# A solution is in {script.removesuffix('.py')}_solution.ipynb")
     return "\n".join(lines)
 
 
-def _cells(block: tuple, asks: bool, script: str) -> list[tuple[str, str, int, list[str]]]:
+def _cells(
+    block: tuple, names: Iterator[str] | None, script: str
+) -> list[tuple[str, str, int, list[str]]]:
     """What a block of a script becomes: kind, content, line, tags.
 
     A solution that is code becomes a folded cell of its own, below the text that folds it on the site. So it is
-    run with the notebook, after the page, and its asserts hold. Where the notebook only asks, an empty cell stands
-    in the solution's place.
+    run with the notebook, after the page, and its asserts hold. Where ``names`` of exercises are given, the
+    notebook only asks, and an empty cell stands in the solution's place.
     """
     kind, content, line = tuple(block)[:3]
     if kind == "code":
@@ -167,9 +183,9 @@ def _cells(block: tuple, asks: bool, script: str) -> list[tuple[str, str, int, l
     cells, start = [], 0
     for dropdown in DROPDOWN.finditer(content):
         code = solutions(dropdown[0])
-        if asks and dropdown[0].startswith(".. dropdown:: Solution"):
+        if names and dropdown[0].startswith(".. dropdown:: Solution"):
             cells.append(("text", _rst(content[start : dropdown.start()]), line, []))
-            cells.append(("code", _answer(code, script), line, ["answer"]))
+            cells.append(("code", _answer(next(names), script), line, ["answer"]))
             start = dropdown.end()
         elif code:
             prose = SOLUTION.sub("\n", dropdown[0])
@@ -185,8 +201,10 @@ def convert(script: pathlib.Path, asks: bool = False) -> nbformat.NotebookNode:
     """A page as a notebook that is not executed yet; with ``asks``, answers are left to the reader."""
     _, blocks = split_code_and_text_blocks(str(script))
     new, tags = [], []
+    lesson = script.stem.split("_")[1]
+    names = (f"{lesson}.{i}" for i in itertools.count(1)) if asks else None
     for b in blocks:
-        for *cell, cell_tags in _cells(b, asks, script.name):
+        for *cell, cell_tags in _cells(b, names, script.name):
             new.append(type(b)(*cell) if hasattr(b, "_fields") else tuple(cell))
             tags.append(cell_tags)
     conf = copy.deepcopy(DEFAULT_GALLERY_CONF)
