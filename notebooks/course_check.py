@@ -177,7 +177,7 @@ EXERCISES: dict[str, Exercise] = {
         mistakes=((1.0, "They differ: a straight step in s is a bent one in w."),),
     ),
     "02.1": Exercise(
-        asks="a function of residuals [n] and sigma: the empirical Fisher over the Fisher matrix, if J is constant",
+        asks="a function of residuals [n] and sigma: empirical Fisher over Fisher, if J is constant",
         right=lambda r, sigma: r.square().mean() / sigma**2,
         inputs=lambda g: (
             _randn(g, 40),
@@ -225,6 +225,29 @@ EXERCISES: dict[str, Exercise] = {
         mistakes=(
             ("expand", "It averages a over all tokens, and only one matters."),
             ("reduce", "It averages a over all tokens, and only one matters."),
+        ),
+    ),
+    "05.1": Exercise(
+        asks="a function of the loss before, the loss after and the promised loss: the trust",
+        right=lambda before, after, promised: (before - after) / (before - promised),
+        inputs=lambda g: tuple(torch.tensor([3.0, 1.5, 0.5]) + torch.rand(3, generator=g)),
+        hint="Divide the decrease that was delivered by the one that was promised.",
+        mistakes=(
+            (lambda b, a, p: (b - p) / (b - a), "That is promised over delivered: turn it over."),
+            (lambda b, a, p: a / p, "Divide decreases, not losses."),
+        ),
+    ),
+    "05.2": Exercise(
+        asks="a function of the gradient V and a very large lambda: the step",
+        right=lambda V, lam: V / lam,
+        inputs=lambda g: (_randn(g, 3, 4), 1e9),
+        hint="Beside lambda, U and G do not count.",
+        mistakes=(
+            (lambda V, lam: V, "It points there, but how long is it?"),
+            (
+                lambda V, lam: V / lam**0.5,
+                "Each factor divides by the root of lambda, and there are two.",
+            ),
         ),
     ),
     "06.1": Exercise(

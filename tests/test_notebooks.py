@@ -184,8 +184,8 @@ def test_a_lesson_asks_in_one_notebook_and_answers_in_another(tool):
     asks, answers = made["plot_02_lesson.ipynb"], made["plot_02_lesson_solution.ipynb"]
     assert cells(asks)[0] == (
         "# Your answer\n\n\n"
-        "# Is it right? Give the checker a function of residuals [n] and sigma: the\n"
-        "# empirical Fisher over the Fisher matrix, if J is constant.\n"
+        "# Is it right? Give the checker a function of residuals [n] and sigma:\n"
+        "# empirical Fisher over Fisher, if J is constant.\n"
         '# from course_check import check\n# check("02.1", ...)\n'
         "# A solution is in plot_02_lesson_solution.ipynb",
         ["answer"],
