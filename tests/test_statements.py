@@ -1,11 +1,15 @@
 """What the documentation says of mathematics that no page of it computes."""
 
 import itertools
+import json
+import pathlib
+import re
 
 import pytest
 import torch
 from torch import nn
 
+ROOT = pathlib.Path(__file__).parent.parent
 F64 = torch.float64
 
 
@@ -43,7 +47,9 @@ def test_kfac_is_exact_for_deep_linear_networks_with_the_true_fisher_only(labels
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).double()
     x, y = torch.randn(6, 3, dtype=F64), torch.randn(6, 2, dtype=F64)
     at_output = {
-        "the model's": torch.eye(2, dtype=F64).expand(6, 2, 2),  # E[r r^T] = I for labels of unit variance
+        "the model's": torch.eye(2, dtype=F64).expand(
+            6, 2, 2
+        ),  # E[r r^T] = I for labels of unit variance
         "the batch's": (model(x) - y).detach().unsqueeze(1),
     }[labels]
     g = at_output @ model[1].weight.detach()  # at the first layer's output, [6, directions, 4]
@@ -67,3 +73,47 @@ def test_the_product_of_a_rounded_factor_is_positive_and_a_rounded_product_need_
         lowest.append(torch.linalg.eigvalsh((K @ K.T).bfloat16().double())[0].item())
     assert min(lowest) < -1e-5
     assert min(lowest) > -(2**-8)  # of the largest eigenvalue, which is 1
+
+
+# -- README.md, docs/index.md, docs/install.md ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_lines_to_copy_train_with_factors_that_have_learnt(page):
+    """With factors near the identity they would show SGD."""
+    torch.manual_seed(0)
+    names = {}
+    exec(re.search(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)[1], names)
+    first = names["optimizer"].stats()["0"]
+    assert not 1 / 1.5 < first["trace_K"] < 1.5
+    assert first["cosine"] < 0.9
+
+
+def test_the_extras_that_the_install_page_names_exist():
+    named = re.findall(r'"\.\[([\w,]+)\]"', (ROOT / "docs" / "install.md").read_text())
+    extras = re.search(
+        r"^\[project.optional-dependencies\]\n(.*?)^\[",
+        (ROOT / "pyproject.toml").read_text(),
+        re.M | re.S,
+    )[1]
+    assert named
+    assert {n for names in named for n in names.split(",")} <= set(
+        re.findall(r"^(\w+) = \[", extras, re.M)
+    )
+
+
+# -- docs/comparison.md ----------------------------------------------------------------------------------
+
+
+def test_the_measured_states_are_those_of_the_benchmark():
+    text = " ".join((ROOT / "docs" / "comparison.md").read_text().split())
+    memory = json.loads((ROOT / "docs" / "_data" / "what_it_costs.json").read_text())["memory"]
+    kept = {r["name"]: r["bytes"] for r in memory["kept_on_vit"]}
+    share = {name: bytes / kept["AdamW"] for name, bytes in kept.items()}
+    dense, kfac = share["dense, T=10"], share["textbook KFAC, T=10"]
+    without = share["dense without cache, T=10"]
+    assert (
+        f"is {dense:.1f} times AdamW's with the products, more than a textbook KFAC's {kfac:.1f} times, "
+        f"and {without:.1f} times without them; with diagonal factors it is "
+        f"{share['diagonal, T=10']:.2f} times."
+    ) in text
