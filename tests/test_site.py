@@ -331,7 +331,7 @@ def test_a_page_of_the_gallery_says_what_it_needs_and_has_slides(visit, path):
 def test_the_gallery_comes_as_one_archive(visit, tmp_path):
     page = visit("auto_gallery/index.html")
     with page.expect_download() as d:
-        page.get_by_role("link", name="The whole gallery").click()
+        page.get_by_role("link", name="Download the whole gallery").click()
     d.value.save_as(tmp_path / "gallery.zip")
     names = zipfile.ZipFile(tmp_path / "gallery.zip").namelist()
     assert "singd-gallery/requirements.txt" in names

@@ -114,6 +114,8 @@ def _rst(text: str) -> str:
     text = re.sub(r"^\.\. dropdown::([^\n]*)" + BLOCK, dropdown, text, flags=re.M)
     text = re.sub(r"^\.\. list-table::[^\n]*" + BLOCK, table, text, flags=re.M)
     text = re.sub(r"^\.\. code-block::([^\n]*)" + BLOCK, code, text, flags=re.M)
+    moved = "*Here the site has a figure to move.*"
+    text = re.sub(r"^\.\. interactive::[^\n]*", moved, text, flags=re.M)
     text = re.sub(r":(?!math\b)([a-z]+(?::[a-z]+)?):`([^`]+)`", _role, text)
     text = re.sub(r"(?<!`)``(?!`)", "`", text)
     return re.sub(r"\n{3,}", "\n\n", text)

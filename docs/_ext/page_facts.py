@@ -19,6 +19,12 @@ TIME = re.compile(
 TITLE = re.compile(r"(\n[^\n]+\n([=*#])\2{2,}\n)")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where a package is installed by another name
 
+FIGURES = {  # lessons with a figure to move
+    "plot_05": "what-does-damping-do-to-each-direction",
+    "plot_07": "when-does-an-inverse-free-update-diverge",
+    "plot_10": "which-structures-are-closed",
+}
+
 
 def packages(script: str) -> list[str]:
     """What a script imports, besides the standard library, by the names that pip knows."""
@@ -41,6 +47,8 @@ def facts(name: str, section: str, seconds: float | None) -> str:
     links = [f'<a href="../../slides/{name}.html">Slides</a>']
     if (NOTEBOOKS / f"{name}_solution.ipynb").exists():
         links.append(f'<a href="../../solutions/{name}_solution.ipynb" download>Solutions</a>')
+    if section == "0_course" and (anchor := FIGURES.get(name[:7])):
+        links.append(f'<a href="../../interactive.html#{anchor}">A figure to move</a>')
     links.append('<a href="../../singd-gallery.zip" download>The whole gallery</a>')
     return (
         "\n.. rst-class:: page-facts\n\n"
