@@ -7,7 +7,7 @@ COSTS = docs/_data/what_it_costs.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab bench clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,14 +64,24 @@ docs: .venv/docs ## Build the site; unchanged pages are not run again
 
 browser: docs ## Read the built site in a real browser (needs Chromium)
 	@command -v chromium >/dev/null || { echo "The browser tests need Chromium; install it first."; exit 1; }
-	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py -n auto --dist worksteal
+	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py tests/test_slides.py tests/test_interactive.py -n auto --dist worksteal
 
 serve: docs ## Serve the site on this machine
 	@echo "http://127.0.0.1:$(PORT)"
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory docs/_build/site
 
-lab: .venv/lab ## Open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab notebooks
+lab: .venv/lab ## Open JupyterLab on the course
+	@$(BIN)/jupyter lab $(firstword $(filter-out %_solution.ipynb,$(wildcard notebooks/plot_0*.ipynb)) notebooks)
+
+slides: .venv/docs ## Make slides of every notebook; they open without a network
+	@$(BIN)/python tools/slides.py build/slides
+
+archive: ## Pack the gallery, its notebooks and the package into build/singd-gallery.zip
+	@mkdir -p build
+	@$(PYTHON) tools/archive.py build/singd-gallery.zip
+
+sheet: docs ## Print the cheat sheet to docs/_static/cheat_sheet.pdf (needs Chromium)
+	@$(BIN)/python tools/cheat_sheet.py
 
 build/peers/ready: tests/benchmarks/peers.txt .venv/ready
 	@echo "Installing the published package into build/peers, beside ours ..."
