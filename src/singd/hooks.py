@@ -84,12 +84,14 @@ class Collector:
         It lacks only where T was changed after the end of the last step.
         """
         here = not self.divided or not block.rule.gathers_with or state.get("last_update", -1) < 0
-        return here or bool(block.factors.handed) or block.rule.gathers_with[0] in state
+        return here or block.factors.handed is not None
 
     @torch.no_grad()
     def gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add the statistics of one backward through one layer, with its input x and output gradient g."""
-        if not self.collecting or self.due(layer) is None:  # (a step came between forward and backward)
+        if (
+            not self.collecting or self.due(layer) is None
+        ):  # (a step came between forward and backward)
             return
         group, kind = block.group, block.kind
         with without_autocast(g.device):
@@ -203,7 +205,10 @@ class Watch:
         self.collector = weakref.ref(collector)
 
     def __reduce__(self) -> Any:
-        return getattr, (nullcontext(), "__exit__")  # takes any arguments, returns None, needs no singd
+        return getattr, (
+            nullcontext(),
+            "__exit__",
+        )  # takes any arguments, returns None, needs no singd
 
     def __deepcopy__(self, memo: Any) -> Any:
         return nullcontext().__exit__
