@@ -14,6 +14,7 @@ PAPER = dict(
     structures=("dense", "dense"),
     kfac_approx="expand",
     normalize_lr_cov=False,
+    fallback=dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
 )
 PUBLISHED = {**PAPER, **getattr(singd, "PUBLISHED", {})}
 FAST = {**PUBLISHED, "lr": 0.1, "T": 1, "lr_cov": 0.1, "damping": 0.1}

@@ -141,7 +141,9 @@ def test_what_a_group_says_overrides_the_fallback_for_its_norms(own):
     model = mixed()
     twin = copy.deepcopy(model.norm)
     usual = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    optimizer = SINGD(model, [{"params": model.norm.parameters(), **own}], fallback=usual, **FAST)
+    optimizer = SINGD(
+        model, [{"params": model.norm.parameters(), **own}], **{**FAST, "fallback": usual}
+    )
     adamw = torch.optim.AdamW(twin.parameters(), **{**usual, **own})
     for _ in range(3):
         for p, q in zip(model.norm.parameters(), twin.parameters(), strict=True):

@@ -103,7 +103,7 @@ class Life(RuleBasedStateMachine):
             return [p for i in places for p in model[i].parameters()]
 
         (first, _), *rest = self.groups
-        optimizer = SINGD(model, params(first), **self.defaults, fallback=ADAMW)
+        optimizer = SINGD(model, params(first), **{**self.defaults, "fallback": ADAMW})
         for places, own in rest:
             optimizer.add_param_group({"params": params(places), **own})
         return optimizer
