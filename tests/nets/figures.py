@@ -24,8 +24,8 @@ BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 NETS = {
     "random layers": "four steps of a random layer: all kinds, sizes, structures, options and micro-batches",
-    "lives of a model": "up to twelve events in the life of a random model: training, clipping, evaluation, freezing, "
-    "new groups and options, copies, checkpoints, exceptions, `torch.compile`",
+    "lives of a model": "up to twelve events in the life of a random model: training, clipping, evaluation, "
+    "freezing, new groups and options, copies, checkpoints, exceptions, `torch.compile`",
     "lives of a model, until they diverged": "of these, those whose numbers passed 10,000; compared until then",
     "interruptions of step": "an exception at each line of `step` in turn",
     "interruptions of backward": "an exception at each line of the hooks in turn",
