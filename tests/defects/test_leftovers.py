@@ -35,17 +35,19 @@ def hooks(model):
     return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
 
 
-def test_detach_takes_the_hooks_off_and_training_is_over():
+def test_detach_takes_the_hooks_off_and_the_factors_stay():
     model, optimizer = trained()
     assert hooks(model) > 0
     optimizer.detach()
     assert hooks(model) == 0
     optimizer.detach()  # once more does nothing
+    before, weight = optimizer.factors("0"), model[0].weight.clone()
     model(torch.randn(8, 5)).square().mean().backward()
-    with pytest.raises(RuntimeError, match="detach"):
-        optimizer.step()
-    saved = optimizer.state_dict()  # what was learned is still there
-    SINGD(model, **FAST).load_state_dict(saved)
+    optimizer.step()  # with the preconditioner as it was
+    assert not torch.equal(model[0].weight, weight)
+    for a, b in zip(optimizer.factors("0"), before, strict=True):
+        assert torch.equal(a.dense(), b.dense())
+    SINGD(model, **FAST).load_state_dict(optimizer.state_dict())
 
 
 def test_hooks_go_with_their_optimizer():
@@ -58,7 +60,9 @@ def test_hooks_go_with_their_optimizer():
 def test_a_copy_has_no_hooks_that_do_nothing():
     """Weight averaging and evaluation copy models."""
     model, optimizer = trained()
-    assert hooks(copy.deepcopy(model)) == 0
+    averaged = copy.deepcopy(model)
+    averaged(torch.randn(8, 5))  # they take themselves off when they are called
+    assert hooks(averaged) == 0
     other, their = copy.deepcopy((model, optimizer))  # both: this one trains on
     other(torch.randn(8, 5)).square().mean().backward()
     their.step()
