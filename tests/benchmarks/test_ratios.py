@@ -14,7 +14,7 @@ from workloads import WORKLOADS
 
 import singd
 from singd.rows import DenseRows
-from singd.update import natural_gradient
+from singd.rules import natural_gradient
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from timing import median_seconds
 
 from singd.rows import DenseRows
 from singd.structures import StructureSpec, StructuredMatrix
-from singd.update import moved_factor, riemannian_momenta
+from singd.rules.singd import moved_factor, riemannian_momenta
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 ROWS = 128  # of the batch
@@ -30,7 +30,7 @@ def update_work(make: StructureSpec, d: int) -> Callable[[], object]:
     def work() -> object:
         H_K, H_C = K.project_congruence(DenseRows(a)), C.project_congruence(DenseRows(g))
         new = riemannian_momenta(K, C, m_K, m_C, H_K, H_C, damping=1e-3, alpha1=0.5)
-        return [moved_factor(A, m, lr_cov=1e-2) for A, m in zip((K, C), new, strict=True)]
+        return [moved_factor(A, m, 1e-2) for A, m in zip((K, C), new, strict=True)]
 
     return work
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from singd import SINGD, registered_structures
-from singd.options import FORMAT
+from singd.groups import FORMAT
 
 STEPS, LATER = 3, 2
 KEYS = ("K", "C", "m_K", "m_C")

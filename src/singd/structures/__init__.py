@@ -13,7 +13,6 @@ from singd.structures.registry import (
 )
 from singd.structures.toeplitz import UpperToeplitz
 
-Preconditioner = OuterProduct
 __all__ = [
     "BlockDiagonal",
     "Bordered",
