@@ -114,8 +114,9 @@ class Textbook:
         N = self.C @ self.C.T @ dW @ self.K @ self.K.T
         with torch.no_grad():
             N = N + o["weight_decay"] * self.joined(layer.weight, bias)
-            self.buffer = o["momentum"] * self.buffer + N
-            moved = self.joined(layer.weight, bias) - o["lr"] * self.buffer
+            if o["momentum"] != 0:  # without it, torch's SGD leaves the buffer alone
+                self.buffer = N = o["momentum"] * self.buffer + N
+            moved = self.joined(layer.weight, bias) - o["lr"] * N
             n = matrix(layer, layer.weight).shape[1]
             places = matrix(layer, torch.arange(layer.weight.numel()).view(layer.weight.shape))
             layer.weight.view(-1)[places.flatten()] = moved[:, :n].flatten()
