@@ -8,7 +8,7 @@ EVIDENCE = docs/_data/evidence.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence fuzz clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ doctest: .venv/ready ## Run the examples in docstrings
 
 tests: .venv/ready ## Run the tests, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -rs
+
+fuzz: .venv/ready ## Run the nets on 10,000 random examples, and write what they tried into the docs
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/nets/figures.py 10000 $(SEED)
 
 gallery: .venv/ready ## Run every notebook of the gallery and compare its outputs
 	@$(BIN)/python tools/notebooks.py check
