@@ -9,9 +9,9 @@ from models import SHAPES, model_and_batches
 from torch import nn
 
 from singd import SINGD
-from singd.structures import Dense
 from singd.rules.ikfac import ikfac_momentum
 from singd.rules.singd import moved_factor, riemannian_momenta
+from singd.structures import Dense
 
 F64 = torch.float64
 

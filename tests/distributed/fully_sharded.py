@@ -108,7 +108,9 @@ def buckets():
     size, gathered, calls = collectives.BUCKET, collectives.gathered, []
 
     def counted(vectors):
-        if any(hasattr(v, "full_tensor") for v in vectors.values()):  # (the twin's are whole already)
+        if any(
+            hasattr(v, "full_tensor") for v in vectors.values()
+        ):  # (the twin's are whole already)
             calls.append(vectors)
         return gathered(vectors)
 

@@ -29,7 +29,10 @@ def test_sizes_in_names_are_bound():
     A = structure("hierarchical4_8")(30)
     assert (A.first, A.last) == (4, 8)
     small = structure("hierarchical4_8")(6)
-    assert (small.first, small.last) == (4, 2)  # the first rows, then the last ones, then the middle
+    assert (small.first, small.last) == (
+        4,
+        2,
+    )  # the first rows, then the last ones, then the middle
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def _differentiated(*matrices: Tensor) -> bool:
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
     """A B, perhaps with room behind each row."""
-    n, m = len(A), B.shape[1]
+    n, m = A.shape[0], B.shape[1]  # (len of a tensor takes longer)
     # Layers with a bias have factors of odd sizes like 769, of which torch would store the rows one by one.
     known = A.dtype == B.dtype and A.dtype in (torch.float32, torch.float64)
     if not known or m % ALIGNED == 0 or min(n, m) < 8 * ALIGNED or _differentiated(A, B):
