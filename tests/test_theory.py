@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from models import SHAPES, model_and_batches
+from published import SINGD
 from torch import nn
 
-from singd import SINGD
 from singd.rules.ikfac import ikfac_momentum
 from singd.rules.singd import moved_factor, riemannian_momenta
 from singd.structures import Dense

@@ -1,6 +1,6 @@
 """How far a reader of one step has to walk: prints the files and functions that it runs through.
 
-    PYTHONPATH=src python tests/trace_a_step.py
+PYTHONPATH=src python tests/trace_a_step.py
 """
 
 import collections
@@ -45,7 +45,9 @@ def walk(structures=("dense", "dense")):
 
 if __name__ == "__main__":
     entered, changes = walk()
-    print(f"{len(set(changes))} files, {len(set(entered))} functions, {len(changes)} changes of file")
+    print(
+        f"{len(set(changes))} files, {len(set(entered))} functions, {len(changes)} changes of file"
+    )
     for file, count in collections.Counter(changes).most_common():
         names = dict.fromkeys(name for f, name in entered if f == file)
         print(f"{count:4d} {file}: {', '.join(names)}")

@@ -102,10 +102,16 @@ class Block:
     def blueprints(self) -> dict[str, StructuredMatrix]:
         """What the rule keeps, without numbers: shapes and dtypes on the meta device."""
         group, weight = self.group, self.weight
-        key = (group["structures"], self.rule, group["preconditioner_dtype"], weight.dtype, self.bias is None)
+        options = (
+            group["structures"],
+            self.rule,
+            group["preconditioner_dtype"],
+            bool(group["alpha1"]),
+        )
+        key = (*options, weight.dtype, self.bias is None)
         if self.factors.key != key:
             eye = {side: self.identity(side, device="meta") for side in (INPUT, OUTPUT)}
-            self.factors.shape_as(key, eye, self.rule.keeps)
+            self.factors.shape_as(key, eye, self.rule.kept(group))
         return self.factors.blueprints
 
 
