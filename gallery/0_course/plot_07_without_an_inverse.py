@@ -234,13 +234,12 @@ ax.loglog(beta, 1 + 4 / beta, "k:")
 ax.fill_between(beta, 1 + 4 / beta, 1e4, color="C3", alpha=0.3, linewidth=0)
 ax.text(0.08, 250, "explodes", color="C3", fontsize=14)
 ax.text(0.002, 0.5, "converges", color="C0", fontsize=14)
-for scale in (1, 16):
+for scale, x in ((1, 0.002), (16, 0.08)):
     s = torch.linalg.eigvalsh(second_moment(scale * pixels))[-1].item()
     ax.axhline(s, color="C7", linewidth=1)
-    ax.text(0.08, 1.2 * s, f"digits, pixels up to {scale}")
-ax.set(
-    xlabel=r"$\beta_1$", ylabel="curvature s", ylim=(0.1, 1e4), xlim=(1e-3, 1)
-)
+    ax.text(x, 1.2 * s, f"digits, pixels up to {scale}")
+ax.set(xlabel=r"$\beta_1$", ylabel="curvature s")
+ax.set(xlim=(1e-3, 1), ylim=(0.1, 1e4))
 ax.set_title("Scale the inputs, or start with small steps")
 
 # sphinx_gallery_start_ignore
