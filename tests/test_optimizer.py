@@ -160,7 +160,7 @@ def test_nothing_is_gathered_between_updates():
     for x, y in batches:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        gathered.append(len(optimizer._statistics))
+        gathered.append(len(optimizer._collector.statistics))
         optimizer.step()
     assert gathered == [3, 0, 3]
 

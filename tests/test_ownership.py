@@ -9,8 +9,8 @@ from models import assert_same, model_and_batches, train
 from torch import nn
 
 from singd import SINGD, registered_structures
-from singd.distributed import Layout
-from singd.ownership import balanced, cost
+from singd.processes.collectives import Layout
+from singd.processes.ownership import balanced, cost
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -43,13 +43,13 @@ def test_pieces_of_a_buffer_do_not_overlap_and_move_no_more_than_needed(ranks):
                 sum(s for s, o in zip(sizes, owners, strict=True) if o == r) for r in range(ranks)
             ]
             padded, plain = (ranks - 1) * max(shares), 2 * (ranks - 1) / ranks * sum(sizes)
-            if layout.stretch is None:
+            if layout.shard_numel is None:
                 assert layout.numel == sum(sizes) and padded > plain
                 continue
-            assert layout.stretch == max(shares) and padded <= plain
+            assert layout.shard_numel == max(shares) and padded <= plain
             for offset, size, owner in zip(layout.offsets, sizes, owners, strict=True):
-                assert owner * layout.stretch <= offset
-                assert offset + size <= (owner + 1) * layout.stretch
+                assert owner * layout.shard_numel <= offset
+                assert offset + size <= (owner + 1) * layout.shard_numel
 
 
 def test_a_wide_layer_and_a_dense_structure_cost_more():

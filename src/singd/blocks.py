@@ -1,4 +1,4 @@
-"""What of a model SINGD can precondition: one block of the Fisher matrix per layer."""
+"""What of a model can be preconditioned: one block of the curvature matrix per layer, or per loose matrix."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from singd.groups import dtypes, resolve, rule_of
 from singd.layers import LayerKind, find_kind
-from singd.options import dtypes, resolve
-from singd.structures import OuterProduct, StructuredMatrix
-
-SIDES = ("K", "C")
+from singd.layers.loose import LooseKind
+from singd.rules import INPUT, OUTPUT, Rule
+from singd.state import FactorState
+from singd.structures import StructuredMatrix
+from singd.torch_private import parameters_by_attribute, uncompiled
 
 
 @dataclass(eq=False)
@@ -31,13 +33,8 @@ class Block:
     own_bias: nn.Parameter | None  # the layer's, whether or not it was handed to the optimizer
     bias: nn.Parameter | None = None  # the layer's, if it is part of the matrix
     group: dict[str, Any] = field(default_factory=dict)  # the param_group of the weight
-    active: bool = False  # whether its weight was handed to the optimizer
-    frozen_shape: bool = False  # whether factors exist, so that the bias cannot join any more
-    _blueprints: dict[str, tuple[str, int, StructuredMatrix]] = field(default_factory=dict)
-    _views: dict[str, tuple[Tensor, StructuredMatrix]] = field(default_factory=dict)
-    _products: dict[str, tuple[Tensor, OuterProduct | StructuredMatrix]] = field(
-        default_factory=dict
-    )
+    active: bool = False  # whether its weight was handed to the optimizer, to be preconditioned
+    factors: FactorState = field(default_factory=FactorState)
 
     @property
     def name(self) -> str:
@@ -52,68 +49,54 @@ class Block:
         """``(d_o, d_i)``, the bias column counted."""
         return self.kind.size(self.modules[0], self.bias is not None)
 
+    @property
+    def rule(self) -> Rule:
+        return rule_of(self.group)
+
+    @property
+    def used(self) -> bool:
+        """Whether it takes part in a step."""
+        return self.active and any(p.grad is not None for p in self.params)
+
+    def works_with(self, rule: Rule) -> bool:
+        """Whether a rule can precondition it: without a layer that is called there are no rows."""
+        return not (rule.needs_rows and isinstance(self.kind, LooseKind))
+
     def gradient(self, known: Mapping[nn.Parameter, Tensor] | None = None) -> Tensor:
         """The gradient as one matrix, ``[d_o, d_i]``, with zeros for a parameter that has none.
 
         Args:
-            known: Gradients that are there as a whole already, of sharded parameters.
+            known: Tensors to take in the place of ``p.grad``, each as a whole.
         """
         known = known or {}
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        pairs = zip(self.params, grads, strict=True)
-        weight, *bias = (known[p] if p in known else whole(g) for p, g in pairs)
+        weight, *bias = (known[p] if p in known else whole(gradient_of(p)) for p in self.params)
         return self.kind.to_matrix(self.modules[0], weight, bias[0] if bias else None)
 
     def structures(self) -> dict[str, Any]:
+        """The structure of each side."""
         K, C = resolve(self.group["structures"])
         forced = self.kind.input_structure
-        return {"K": K if forced is None else resolve((forced, forced))[0], "C": C}
+        return {INPUT: K if forced is None else resolve((forced, forced))[0], OUTPUT: C}
 
     def dtype(self, side: str) -> torch.dtype:
-        return dtypes(self.group["preconditioner_dtype"])[SIDES.index(side)] or self.weight.dtype
+        """That of the factors of a side."""
+        pair = dict(zip((INPUT, OUTPUT), dtypes(self.group["preconditioner_dtype"]), strict=True))
+        return pair[side] or self.weight.dtype
 
     def identity(self, side: str, **kw: Any) -> StructuredMatrix:
-        """A fresh identity for ``side`` ("K" or "C") on the weight's device."""
-        n = self.size[1 if side == "K" else 0]
-        return self.structures()[side](
-            n, **{"dtype": self.dtype(side), "device": self.weight.device, **kw}
-        )
+        """A fresh identity for a side, on the weight's device."""
+        n = dict(zip((OUTPUT, INPUT), self.size, strict=True))[side]
+        options = {"dtype": self.dtype(side), "device": self.weight.device, **kw}
+        return self.structures()[side](n, **options)
 
-    def blueprint(self, side: str) -> StructuredMatrix:
-        """A factor's shape without its numbers; made once."""
-        key = self.structures()[side].name, self.size[1 if side == "K" else 0]
-        known = self._blueprints.get(side)
-        if known is None or known[:2] != key:
-            known = (*key, self.identity(side, device="meta"))
-            self._blueprints[side] = known
-        return known[2]
-
-    def view(self, key: str, flat: Tensor) -> StructuredMatrix:
-        """The matrix whose numbers are ``flat``, for ``key`` in K, C, m_K, m_C."""
-        known = self._views.get(key)
-        if known is None or known[0] is not flat:
-            known = (flat, self.blueprint(key[-1]).from_flat(flat))
-            self._views[key] = known
-        return known[1]
-
-    def remember(self, key: str, flat: Tensor, matrix: StructuredMatrix) -> None:
-        """Make the view on ``flat``, a matrix' own numbers, now, so that the one before it keeps no memory."""
-        same = flat.data_ptr() == matrix.tensors()[0].data_ptr()
-        self._views[key] = (flat, matrix if same else matrix.from_flat(flat))
-
-    def product(self, key: str, flat: Tensor) -> OuterProduct | StructuredMatrix:
-        """K K^T (or C C^T) where it is worth keeping between updates, else the factor itself."""
-        matrix = self.view(key, flat)
-        if self.group["T"] == 1:
-            return matrix
-        known = self._products.get(key)
-        if known is None or known[0] is not flat:  # every update makes a new tensor
-            known = (flat, matrix.outer_product() or matrix)
-            self._products[key] = known
-        return known[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_blueprints": {}, "_views": {}, "_products": {}}
+    def blueprints(self) -> dict[str, StructuredMatrix]:
+        """What the rule keeps, without numbers: shapes and dtypes on the meta device."""
+        key = (self.size, *(s.name for s in self.structures().values()), self.rule.name)
+        key = (*key, *(self.dtype(side) for side in (INPUT, OUTPUT)))
+        if self.factors.key != key:
+            eye = {side: self.identity(side, device="meta") for side in (INPUT, OUTPUT)}
+            self.factors.shape_as(key, eye, self.rule.keeps)
+        return self.factors.blueprints
 
 
 @dataclass(eq=False)
@@ -125,7 +108,12 @@ class Slot:
     param: nn.Parameter
 
     def current(self) -> nn.Parameter | None:
-        return self.module._parameters.get(self.attribute)
+        return parameters_by_attribute(self.module).get(self.attribute)
+
+
+def gradient_of(p: nn.Parameter) -> Tensor:
+    """A parameter's gradient, zeros where there is none."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -140,8 +128,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
     """
     averages = False
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = cast(nn.Module, model._orig_mod)
+        if (inner := uncompiled(model)) is not None:
+            model = inner
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             averages |= isinstance(model, nn.parallel.DistributedDataParallel)
             model = model.module
@@ -157,7 +145,7 @@ def find_slots(model: nn.Module) -> list[Slot]:
     """
     slots = []
     for name, module in model.named_modules():
-        for attribute, param in module._parameters.items():
+        for attribute, param in parameters_by_attribute(module).items():
             if isinstance(param, UninitializedParameter):
                 raise ValueError(
                     f"The lazy layer {name!r} has no sizes yet; call the model once before building SINGD."
@@ -172,6 +160,7 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
 
     Weights tied between layers of one kind make one block; tied between kinds (an embedding and the
     output layer) the roles of the two factors differ, so that no single Kronecker product is right.
+    After them come loose matrices, which only a rule without rows can precondition.
     """
     blocks: dict[nn.Parameter, Block] = {}
     reasons: dict[nn.Parameter, str] = {}
@@ -179,10 +168,12 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
         kind = find_kind(module)
         if kind is None:
             continue
-        weight, bias = module.weight, getattr(module, "bias", None)
+        weight, bias = cast(nn.Parameter, module.weight), cast(Any, getattr(module, "bias", None))
         reason = kind.supports(module)
         if reason is None and not weight.is_floating_point():
             reason = f"its weight is {weight.dtype}"
+        if reason is None and weight.numel() == 0:
+            reason = "its weight has no numbers"
         if reason is not None:
             reasons.update({p: reason for p in (weight, bias) if p is not None})
             continue
@@ -206,4 +197,19 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
     for block in blocks.values():
         if block.own_bias in reasons:
             block.own_bias = None
-    return [b for w, b in blocks.items() if w not in reasons], reasons
+    found = [b for w, b in blocks.items() if w not in reasons]
+    taken = {p for b in found for p in (b.weight, b.own_bias)} | set(reasons)
+    return found + _loose_blocks(model, taken), reasons
+
+
+def _loose_blocks(model: nn.Module, taken: set[Any]) -> list[Block]:
+    """Matrices outside of known layers: of attention, of recurrent layers, and loose parameters."""
+    found: dict[nn.Parameter, Block] = {}
+    for name, module in model.named_modules():
+        for attribute, p in parameters_by_attribute(module).items():
+            if p is None or p in taken or p in found or p.ndim != 2 or not p.is_floating_point():
+                continue
+            if min(p.shape) > 1:
+                full = f"{name}.{attribute}" if name else attribute
+                found[p] = Block(LooseKind(attribute), [module], [full], p, None)
+    return list(found.values())

@@ -1,148 +1,181 @@
-"""What goes into a checkpoint, what may be loaded from one, and how the factors keep their dtype."""
+"""What goes into a checkpoint, what may be loaded from one, and how the factors keep their own dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singd import options
+from singd import groups
 from singd.blocks import Block
+from singd.torch_private import local_part
 
-if TYPE_CHECKING:
-    from singd.optimizer import SINGD
-
-FACTORS = ("K", "C", "m_K", "m_C")
-OWN_DTYPE = (*FACTORS, "exp_avg", "exp_avg_sq")  # may differ from the parameter's
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, which may be wider than the parameter
+Group = Mapping[str, Any]
 
 
-def pack(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A snapshot of torch's state dict: tensors copied, options as plain values, the factors of all ranks."""
-    packed = {
-        **state_dict,
-        "state": {index: _copied(entry) for index, entry in state_dict["state"].items()},
-        "param_groups": [_copied(options.saved(group)) for group in state_dict["param_groups"]],
-    }
-    ownership = optimizer._ownership
-    if ownership.divided:
-        blocks = [b for b in optimizer._blocks if "step" in optimizer.state.get(b.weight, {})]
-        factors = ownership.gathered(blocks, FACTORS, optimizer.state, "state_dict")
-        found = dict(zip((b.weight for b in blocks), factors, strict=True))
-        for p, entry, _ in _pairs(optimizer, packed):
-            entry.update(_copied(found.get(p, {})))
-    return packed
-
-
-def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with tensors of its own."""
     return {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
 
 
-def _pairs(
-    optimizer: SINGD, state_dict: Mapping[str, Any]
+def pack(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A snapshot of torch's state dict: tensors copied, options as plain values."""
+    return {
+        **state_dict,
+        "state": {index: copied(entry) for index, entry in state_dict["state"].items()},
+        "param_groups": [copied(groups.saved(group)) for group in state_dict["param_groups"]],
+    }
+
+
+def pairs(
+    param_groups: Sequence[Group], state_dict: Mapping[str, Any]
 ) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
     """(parameter, its saved state, its saved group), matched by position as torch does."""
-    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+    for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         for index, p in zip(saved["params"], group["params"], strict=True):
             yield p, state_dict["state"].get(index, {}), saved
 
 
-def check(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
+def upgraded(
+    state_dict: Mapping[str, Any],
+    param_groups: Sequence[Group],
+    blocks: Mapping[nn.Parameter, Block],
+) -> dict[str, Any]:
+    """A state dict of any format as one of this version's."""
+    return dict(state_dict)
+
+
+def check(
+    param_groups: Sequence[Group],
+    blocks: Mapping[nn.Parameter, Block],
+    names: Mapping[nn.Parameter, str],
+    state_dict: Mapping[str, Any],
+) -> None:
     """Refuse what doesn't fit, before anything is changed.
 
     Raises:
         ValueError: In one sentence that names the layer or the group.
     """
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+    saved_groups = state_dict["param_groups"]
+    sizes = [len(g["params"]) for g in param_groups], [len(g["params"]) for g in saved_groups]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The checkpoint has groups of {sizes[1]} parameters, but this optimizer has groups of {sizes[0]}."
         )
-    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        if saved.get("format", options.FORMAT) > options.FORMAT:
+    for i, (saved, group) in enumerate(zip(saved_groups, param_groups, strict=True)):
+        if saved.get("format", groups.FORMAT) > groups.FORMAT:
             raise ValueError(
-                f"The checkpoint has format {saved['format']}; this version of singd reads up to {options.FORMAT}."
+                f"The checkpoint has format {saved['format']}; this version of singd reads up to {groups.FORMAT}."
             )
         if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
             raise ValueError(
                 f"Group {i} of the checkpoint is trained by {saved['algorithm']!r}, "
                 f"but by {group['algorithm']!r} in this optimizer."
             )
-    blocks = {b.weight: b for b in optimizer._blocks if b.active}
-    for p, state, saved in _pairs(optimizer, state_dict):
-        name = optimizer._names[p]
-        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
-            if key in state and tuple(state[key].shape) != tuple(p.shape):
-                raise ValueError(
-                    f"The checkpoint's {key} of {name!r} has shape {tuple(state[key].shape)}, "
-                    f"but the parameter has {tuple(p.shape)}."
-                )
+    for p, state, saved in pairs(param_groups, state_dict):
+        for key in ("momentum_buffer", *MOMENTS):
+            if key in state:
+                _check_tensor(f"{key} of {names[p]!r}", state[key], tuple(p.shape))
         if p in blocks:
             _check_block(blocks[p], state, saved)
 
 
-def _check_block(block: Block, state: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    mine = tuple(s.name for s in options.resolve(block.group["structures"]))
+def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+        found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise ValueError(f"The checkpoint's {what} has {found}, but this optimizer needs {shape}.")
+    values = local_part(tensor)
+    if not values.is_floating_point() or values.is_meta or not bool(values.isfinite().all()):
+        why = "on the meta device" if values.is_meta else f"{values.dtype} or not finite"
+        raise ValueError(f"The checkpoint's {what} is {why}; it must hold finite floating-point numbers.")
+
+
+def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
+    mine = tuple(s.name for s in groups.resolve(block.group["structures"]))
     theirs = tuple(saved.get("structures", mine))
     if theirs != mine:
         raise ValueError(
             f"The checkpoint has structures {theirs} for layer {block.name!r}, but this optimizer has {mine}."
         )
-    for key in FACTORS:
-        expected = block.blueprint(key[-1]).numel
-        if state and (key not in state or state[key].numel() != expected):
-            found = f"{state[key].numel()} numbers" if key in state else "nothing"
+    rules = block.rule.name, groups.saved_rule(saved)
+    if rules[0] != rules[1]:
+        raise ValueError(
+            f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has {rules[0]!r}."
+        )
+    for name, blueprint in block.blueprints().items() if state else ():
+        flat = state.get(name)
+        if not isinstance(flat, Tensor) or flat.numel() != blueprint.numel:
+            found = f"{flat.numel()} numbers" if isinstance(flat, Tensor) else "nothing"
             raise ValueError(
-                f"The checkpoint has {found} for {key} of layer {block.name!r}, which needs {expected}."
+                f"The checkpoint has {found} for {name} of layer {block.name!r}, which needs {blueprint.numel}."
             )
+        _check_tensor(f"{name} of layer {block.name!r}", flat, (blueprint.numel,))
 
 
-def complete(optimizer: SINGD, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def complete(param_groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict for torch to load.
 
-    With the options that it does not hold (callables, structures with code of their own), with copies of its
-    tensors, because torch would go on training in those of the caller, and without those of a dtype of their own.
+    With the options that it does not hold: callables and structures with code of their own are this optimizer's, and
+    what an older version did not know has its published meaning. With copies of its tensors, because torch would go on
+    training in those of the caller.
     """
-    groups = []
-    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+    completed = []
+    for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         mine = {name: value for name, value in group.items() if name != "params"}
-        groups.append({**mine, **_copied(saved), "structures": group["structures"]})
-    state = {}
-    for index, entry in state_dict["state"].items():
-        state[index] = _copied({name: v for name, v in entry.items() if name not in OWN_DTYPE})
-    return {**state_dict, "state": state, "param_groups": groups}
+        if saved.get("format", 1) == 1:
+            mine |= {name: v for name, v in groups.PUBLISHED.items() if name in group}
+        own = {"structures": group["structures"], "rule": group["rule"], "format": groups.FORMAT}
+        completed.append({**mine, **copied(saved), **own})
+    state = {index: copied(entry) for index, entry in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": completed}
 
 
-def restore(optimizer: SINGD, state_dict: Mapping[str, Any]) -> None:
-    """Load what has a dtype of its own: torch would cast it to the parameter's."""
-    for p, state, _ in _pairs(optimizer, state_dict):
-        for key in OWN_DTYPE:
-            if key in state:
-                optimizer.state[p][key] = state[key].to(p.device, copy=True)
+def restore(
+    param_groups: Sequence[Group],
+    blocks: Mapping[nn.Parameter, Block],
+    states: Mapping[Any, dict[str, Any]],
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Give back the dtype to what has one of its own: torch casts all to the parameter's."""
+    for p, saved, _ in pairs(param_groups, state_dict):
+        own = (*blocks[p].rule.keeps, *MOMENTS) if p in blocks else MOMENTS
+        for name in own:
+            if name in saved:
+                states[p][name] = saved[name].to(p.device, copy=True)
+        if "last_update" in saved and "updates" not in saved:  # of format 1
+            every = blocks[p].group["T"]
+            states[p]["updates"] = saved["last_update"] // every + 1 if isinstance(every, int) else 1
+        if p in blocks:
+            blocks[p].blueprints()
+            blocks[p].factors.adopt(states.get(p, {}))
 
 
-def is_rehearsal(optimizer: SINGD) -> bool:
+def is_rehearsal(param_groups: Sequence[Group], fresh: bool) -> bool:
     """Whether this is the step on nothing by which torch.distributed.checkpoint fills an empty state.
 
     It sets gradients and learning rates to zero for one call of ``step`` where there is no state yet. A first
     step of training was preceded by a backward pass, or by none through any layer but then by a gradient.
+
+    Args:
+        param_groups: The optimizer's.
+        fresh: Whether it has no state, and has seen no backward.
     """
-    groups = optimizer.param_groups
-    if optimizer.state or optimizer._heard or any(float(g["lr"]) != 0 for g in groups):
+    if not fresh or any(float(g["lr"]) != 0 for g in param_groups):
         return False
-    grads = [p.grad for g in groups for p in g["params"] if p.grad is not None]
-    return not any(bool(getattr(g, "_local_tensor", g).any()) for g in grads)
+    grads = [p.grad for g in param_groups for p in g["params"] if p.grad is not None]
+    return not any(bool(local_part(g).any()) for g in grads)
 
 
-def rewind(optimizer: SINGD) -> None:
+def rewind(states: Mapping[Any, dict[str, Any]]) -> None:
     """Take a rehearsal back, but for the state that it made: the first step is still to come."""
-    for state in optimizer.state.values():
+    for state in states.values():
         if "step" in state:
             state["step"] = state["step"] * 0
         if "last_update" in state:
-            state["last_update"] = -1
+            state["last_update"], state["updates"] = -1, 0
         if "momentum_buffer" in state:  # it holds the weight decay already
             state["momentum_buffer"].zero_()
 

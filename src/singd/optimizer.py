@@ -1,31 +1,33 @@
-"""SINGD as a ``torch.optim.Optimizer``: groups, hooks and the step."""
+"""SINGD as a ``torch.optim.Optimizer``: groups and the step."""
 
 from __future__ import annotations
 
-import sys
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, distributed, exchange, options, report, scaler, torch_steps
-from singd.blocks import SIDES, Block, find_blocks, find_slots, unwrapped
-from singd.ownership import Ownership
-from singd.statistics import Statistics, accumulation_dtype, added, gather, watch, without_autocast
-from singd.structures import StructuredMatrix
-from singd.update import Outer, moved_factor, natural_gradient, riemannian_momenta
-from singd.wrapping import Wrapping
+from singd import checkpoint, fisher, groups, report, scaler, torch_private, weight_steps
+from singd.blocks import Block, find_blocks, find_slots, gradient_of, unwrapped
+from singd.hooks import Collector
+from singd.precision import without_autocast
+from singd.processes import collectives, exchange
+from singd.processes.ownership import Ownership
+from singd.rules import INPUT, OUTPUT, Curvature
 
 
-class Factors(NamedTuple):
-    """The preconditioner of one layer: its factors and their Riemannian momenta."""
+@cache
+def _named(names: tuple[str, ...]) -> Any:
+    return namedtuple("Factors", names)
 
-    K: StructuredMatrix
-    C: StructuredMatrix
-    m_K: StructuredMatrix
-    m_C: StructuredMatrix
+
+Factors = _named(("K", "C", "m_K", "m_C"))
+"""What ``factors`` returns: the factors of one layer by the names of the rule, here those of SINGD."""
 
 
 class SINGD(torch.optim.Optimizer):
@@ -59,17 +61,31 @@ class SINGD(torch.optim.Optimizer):
         damping: Damping :math:`\lambda`.
         alpha1: Riemannian momentum :math:`\alpha_1` on the factors.
         weight_decay: :math:`\gamma`, added to the natural gradient.
-        T: The factors are updated at steps 0, T, 2T, ...
+        T: The factors are updated at steps 0, T, 2T, ...; or a callable of the step count that says how many steps lie
+            between two updates.
         loss_average: What the loss averages over: None, "batch" or "batch+sequence".
         lr_cov: Step size on the factors :math:`\beta_1`: a number, or a callable of the step count.
         structures: The structures of K and C: names, or what :func:`~singd.structure` takes.
         kfac_approx: How layers with weight sharing are treated: "expand" or "reduce".
         warn_unsupported: Whether to warn of parameters that are left out (``fallback=None``).
-        kfac_like: IKFAC: no coupling between K and C, and no Riemannian momentum.
+        kfac_like: The same as ``rule="ikfac"``.
         preconditioner_dtype: The factors' dtype, or a pair for K and C; None: the weight's.
-        normalize_lr_cov: Normalise the factors' step by the largest entry of its momentum.
-        fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); None: leave
-            them out.
+        normalize_lr_cov: True: normalise the factors' step by the largest entry of its momentum, as published.
+            "spectral": bound it, so that no factor can lose its inverse. Both average the momentum with
+            :math:`1 - \alpha_1`.
+        rule: What moves the factors: "singd", "ikfac", "kfac", "shampoo", or an object of a :class:`~singd.Rule`.
+        relative_damping: Whether ``damping`` is multiplied by the layer's average curvature tr(U) tr(G), so that the
+            loss times a constant gives the same preconditioner up to scale.
+        scaled_start: Whether K and C start at the scale that the first curvature asks for, instead of at I.
+        fast_start: Whether the t-th update has a step of at least 1 / (t + 1), at most 1/2, so that the first
+            statistics count in full; ``lr_cov`` is the least step then.
+        momentum_on: What the momentum averages: "direction", the natural gradient, as published; or "gradient", before
+            the preconditioner.
+        nesterov: Whether the momentum is Nesterov's.
+        match_rms: Scale the direction of each parameter to this root mean square, so that learning rates of AdamW
+            carry over; 0.2 is usual. None: as it is.
+        fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); its lr is that of SINGD
+            unless given. None: leave them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
         cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates (T > 1) of all but diagonal and
             Toeplitz factors: of dense ones, half the cost of a step. It takes half of the factors' memory again.
@@ -99,7 +115,7 @@ class SINGD(torch.optim.Optimizer):
         damping: float = 1e-3,
         alpha1: float = 0.5,
         weight_decay: float = 0.0,
-        T: int = 10,
+        T: int | Callable[[int], int] = 10,
         loss_average: str | None = "batch",
         lr_cov: float | Callable[[int], float] = 1e-2,
         structures: tuple[Any, Any] = ("dense", "dense"),
@@ -107,74 +123,65 @@ class SINGD(torch.optim.Optimizer):
         warn_unsupported: bool = True,
         kfac_like: bool = False,
         preconditioner_dtype: Any = None,
-        normalize_lr_cov: bool = False,
+        normalize_lr_cov: bool | str = False,
         *,
-        fallback: Mapping[str, Any] | None = options.ADAMW,
+        rule: Any = "singd",
+        relative_damping: bool = False,
+        scaled_start: bool = False,
+        fast_start: bool = False,
+        momentum_on: str = "direction",
+        nesterov: bool = False,
+        match_rms: float | None = None,
+        fallback: Mapping[str, Any] | None = groups.ADAMW,
         grad_scaler: torch.amp.GradScaler | None = None,
         cache_products: bool = True,
         average_gradients: bool | None = None,
         shard_factors: bool = False,
     ):
+        given = dict(locals())
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
-        defaults = dict(
-            lr=lr,
-            momentum=momentum,
-            damping=damping,
-            alpha1=alpha1,
-            weight_decay=weight_decay,
-            T=T,
-            loss_average=loss_average,
-            lr_cov=lr_cov,
-            structures=structures,
-            kfac_approx=kfac_approx,
-            kfac_like=kfac_like,
-            preconditioner_dtype=preconditioner_dtype,
-            normalize_lr_cov=normalize_lr_cov,
-            algorithm="singd",
-            format=options.FORMAT,
-        )
-        options.check_singd(defaults)
-        self._fallback = options.fallback_options(fallback)
+        defaults = {name: given[name] for name in groups.OPTIONS}
+        defaults |= {"algorithm": "singd", "format": groups.FORMAT}
+        groups.check_singd(defaults)
+        groups.check_whole(given)
+        self._fallback = groups.fallback_options(fallback, lr)
         model, averaged = unwrapped(model)
-        self.average_gradients = (
-            False if averaged and average_gradients is None else average_gradients
-        )
-        self._wrapping = Wrapping()
+        self.average_gradients = False if averaged and average_gradients is None else average_gradients
+        self.cache_products = cache_products
         self._ownership = Ownership(shard_factors)
         self._slots = find_slots(model)
         self._blocks, self._reasons = find_blocks(model)
         self._names = {p: n for n, p in model.named_parameters()}
-        self._statistics: dict[Block, Statistics] = {}
-        # the blocks that statistics came from, or that a warning was given for
-        self._heard: set[Block] = set()
-        self.grad_scaler = grad_scaler
-        self.cache_products = cache_products
+        self._sampled = fisher.drawn()
         if params is None:
-            groups = self._everything(model, warn_unsupported)
+            new = [{"params": self._everything(model, rule, warn_unsupported)}]
         else:
-            params = list(params)
-            groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-        groups = [{**g, "params": _as_list(g.get("params", ()))} for g in groups]
-        self._announced = {p for g in groups for p in map(_parameter, g["params"])}
-        super().__init__(groups, defaults)
+            new = groups.as_groups(params)
+        self._collector = Collector({}, grad_scaler)
+        self._announced = {p for g in new for p in map(groups.parameter, g["params"])}
+        super().__init__(new, defaults)
         self._announced = set()
 
     # -- groups ----------------------------------------------------------------------------------
 
-    def _everything(self, model: nn.Module, warn_unsupported: bool) -> list[dict[str, Any]]:
-        """One group of all trainable parameters (``add_param_group`` splits off the fallback's)."""
+    def _everything(
+        self, model: nn.Module, rule: Any, warn_unsupported: bool
+    ) -> list[nn.Parameter]:
+        """All trainable parameters (``add_param_group`` splits off the fallback's)."""
         trainable = [p for p in model.parameters() if p.requires_grad]
         if self._fallback is not None:
-            return [{"params": trainable}]
-        ours = {p for b in self._blocks if b.weight.requires_grad for p in (b.weight, b.own_bias)}
+            return trainable
+        rule = groups.rule_of({"rule": rule, "kfac_like": False})
+        blocks = [b for b in self._blocks if b.weight.requires_grad and b.works_with(rule)]
+        ours = {p for b in blocks for p in (b.weight, b.own_bias)}
         left = [self._names[p] for p in trainable if p not in ours]
         if left and warn_unsupported:
             warnings.warn(
                 f"SINGD leaves out parameters that are in no supported layer: {', '.join(left)}.",
                 stacklevel=3,
             )
-        return [{"params": [p for p in trainable if p in ours]}]
+        return [p for p in trainable if p in ours]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; those that SINGD can't precondition go to a fallback group of their own.
@@ -186,87 +193,84 @@ class SINGD(torch.optim.Optimizer):
             TypeError: For an option of the wrong type.
             ValueError: For an option out of range or a parameter that isn't the model's.
         """
-        self._follow()
-        group = {**param_group, "params": _as_list(param_group["params"])}
-        options.check_singd({**self.defaults, **group})
-        algorithm = group.get("algorithm", "singd")
-        if algorithm not in options.ALGORITHMS:
-            choices = ", ".join(map(repr, options.ALGORITHMS))
-            raise ValueError(f"algorithm must be one of {choices}, got {algorithm!r}.")
-        for p in map(_parameter, group["params"]):
-            if p not in self._names:
-                raise ValueError(
-                    f"A parameter of shape {tuple(getattr(p, 'shape', ()))} isn't one of the model's."
-                )
-        ours, rest = self._split(group["params"], algorithm)
-        if rest and self._fallback is None and algorithm != "adamw":
-            names = ", ".join(self._names[_parameter(p)] for p in rest)
-            raise ValueError(
-                f"SINGD can't precondition {names}, and fallback=None leaves them no other algorithm."
-            )
+        self._rebind_parameters()
+        group = {**param_group, "params": groups.as_list(param_group["params"])}
+        groups.check_names(group, self.defaults)
+        groups.check_singd({**self.defaults, **group})
+        ours, rest = self._split(group)
+        joined = [{**group, "params": ours}] if ours or not rest else []
         if rest:
-            adam = {**(self._fallback or options.ADAMW), "algorithm": "adamw"}
-            if algorithm == "adamw":
-                adam |= group
-            options.check_adamw(adam)
-        if ours or not rest:
-            super().add_param_group({**group, "params": ours})
-        if rest:
-            super().add_param_group({**group, **adam, "params": rest})
-        handed = set(map(_parameter, ours))
+            joined.append({**groups.fallback_group(group, self._fallback), "params": rest})
+        before = len(self.param_groups)
+        try:
+            for one in joined:
+                super().add_param_group(one)
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+        handed = set(map(groups.parameter, ours))
         for block in self._blocks:
             block.active |= block.weight in handed
             if block.own_bias in handed:
                 block.bias = block.own_bias
-            if block.active:
-                for layer in block.modules:
-                    watch(layer, self)
         self._index()
 
-    def _split(self, params: list[Any], algorithm: str) -> tuple[list[Any], list[Any]]:
-        """Parameters that get a Kronecker-factored block, and all others."""
-        handed = set(map(_parameter, params)) | self._announced
-        handed |= {p for g in self.param_groups if g["algorithm"] == "singd" for p in g["params"]}
+    def _split(self, group: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        """A group's parameters that get a Kronecker-factored block, and all others."""
+        algorithm = group.get("algorithm", "singd")
+        groups.check_algorithm(algorithm)
+        params = set(map(groups.parameter, group["params"]))
+        for p in params:
+            if p not in self._names:
+                raise ValueError(
+                    f"A parameter of shape {tuple(getattr(p, 'shape', ()))} isn't one of the model's."
+                )
+        rule = groups.rule_of({**self.defaults, **group})
         ours = set()
-        if algorithm == "singd":
-            for block in self._blocks:
-                if block.weight not in handed:
-                    continue
-                if block.own_bias in set(map(_parameter, params)) and block.frozen_shape:
+        for block in self._blocks if algorithm == "singd" else ():
+            if block.weight in params and block.works_with(rule):
+                ours |= {block.weight, block.own_bias}
+            elif block.own_bias in params and (block.active or block.weight in self._announced):
+                if block.active and "step" in self.state.get(block.weight, {}):
                     raise ValueError(
                         f"The bias of layer {block.name!r} can't join its matrix after the first step; "
                         "add it with algorithm='adamw', or build SINGD with it."
                     )
-                ours |= {block.weight, block.own_bias}
-        split: tuple[list[Any], list[Any]] = ([], [])
-        for p in params:
-            split[_parameter(p) not in ours].append(p)
-        return split
+                ours.add(block.own_bias)
+        rest = [p for p in group["params"] if groups.parameter(p) not in ours]
+        if rest and self._fallback is None and algorithm != "adamw":
+            names = ", ".join(self._names[groups.parameter(p)] for p in rest)
+            raise ValueError(
+                f"SINGD can't precondition {names}, and fallback=None leaves them no other algorithm."
+            )
+        return [p for p in group["params"] if groups.parameter(p) in ours], rest
 
     def _index(self) -> None:
-        """Look up once what hooks and steps need: each block's group and each layer's block."""
+        """Look up once what hooks and steps need: each block's group, and each layer's block."""
         self._group_of = {p: g for g in self.param_groups for p in g["params"]}
-        self._block_of = {}
         for block in self._blocks:
             if block.active and block.weight in self._group_of:
                 block.group = self._group_of[block.weight]
-                self._block_of.update(dict.fromkeys(block.modules, block))
+        self._collector.states = self.state
+        self._collector.divided = self._ownership.divided
+        self._collector.watch(self._blocks, self._group_of)
 
-    def _follow(self) -> None:
+    @property
+    def _active(self) -> dict[nn.Parameter, Block]:
+        return {b.weight: b for b in self._blocks if b.active}
+
+    def _rebind_parameters(self) -> None:
         """Take up parameters that were replaced in the model, e.g. by ``load_state_dict(assign=True)``."""
-        heirs: dict[nn.Parameter, nn.Parameter] = {}
+        replacements: dict[nn.Parameter, nn.Parameter] = {}
         for slot in self._slots:
             old, new = slot.param, slot.current()
-            if (
-                new is None
-                or new is old
-                or (hasattr(old, "full_tensor") and not hasattr(new, "full_tensor"))
-            ):
+            gathered = hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")
+            if new is None or new is old or gathered:
                 continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
-            if heirs.setdefault(old, new) is not new:
+            if replacements.setdefault(old, new) is not new:
                 raise RuntimeError(
-                    f"The weight {self._names[heirs[old]]!r} was tied to another one when SINGD was built and is "
-                    "not any more; tie them again after load_state_dict(assign=True)."
+                    f"The weight {self._names[replacements[old]]!r} was tied to another one when SINGD was built and "
+                    "is not any more; tie them again after load_state_dict(assign=True)."
                 )
             slot.param = new
             if old not in self._names:
@@ -280,64 +284,33 @@ class SINGD(torch.optim.Optimizer):
                 for name in ("weight", "bias", "own_bias"):
                     if getattr(block, name) is old:
                         setattr(block, name, new)
-        if heirs:
+        if replacements:
             self._index()
 
     # -- statistics --------------------------------------------------------------------------------
 
-    def _due(self, layer: nn.Module) -> Block | None:
-        """The layer's block if its factors are updated in this step."""
-        block = self._block_of.get(layer)
-        if block is None:
-            return None
-        state = self.state.get(block.weight, {})
-        due = state.get("step", 0) % block.group["T"] == 0 and self._ownership.ready(block, state)
-        return block if due else None
-
-    @torch.no_grad()
-    def _gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
-        if self._due(layer) is None:  # there was a step between this forward and its backward
-            return
-        scale = None
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-            scale = self.grad_scaler.scale(torch.ones((), device=g.device))
-        with without_autocast(g.device):
-            new = gather(
-                block, layer, self._factor(block, "K"), self._factor(block, "C"), x, g, scale
-            )
-        old = self._statistics.get(block)
-        self._heard.add(block)
-        cleared = layer.weight.grad is None and not hasattr(block.weight, "full_tensor")
-        if old is None or (cleared and old.backward != new.backward):
-            self._statistics[block] = new
-        else:
-            self._statistics[block] = added(old, new, block.group["loss_average"])
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and, with them, the statistics of the same backward passes."""
-        self._follow()
+        self._rebind_parameters()
         super().zero_grad(set_to_none)
-        self._statistics.clear()
-        self._wrapping.clear()
+        self._collector.clear()
 
-    def _factor(self, block: Block, key: str) -> StructuredMatrix:
-        """A view on the state; before the first step, the identity. For gathering, also another rank's."""
-        state = self.state.get(block.weight, {})
-        if key not in state:
-            handed = self._ownership.handed.get(block)
-            if handed is None:
-                return block.identity(key)
-            return block.blueprint(key).from_flat(handed[key].to(block.weight.device))
-        if state[key].device != block.weight.device:  # the model was moved
-            state[key] = state[key].to(block.weight.device)
-        return block.view(key, state[key])
+    @contextmanager
+    def collecting(self, enabled: bool) -> Iterator[None]:
+        """Whether backward passes inside give the factors their statistics; ``False`` for all but one's own.
 
-    def _outer(self, block: Block, side: str) -> Outer:
-        """A factor for the natural gradient, as its product where ``cache_products`` keeps it."""
-        factor = self._factor(block, side)  # moves the state to the weight's device
-        return (
-            block.product(side, self.state[block.weight][side]) if self.cache_products else factor
-        )
+        For the Monte-Carlo Fisher matrix, after a backward on :func:`~singd.sample_labels` and ``zero_grad``, go with
+        the loss's own backward into ``with optimizer.collecting(False):``. What was collected stays.
+
+        Args:
+            enabled: Whether statistics are collected.
+        """
+        before = self._collector.collecting
+        self._collector.collect(enabled)
+        try:
+            yield
+        finally:
+            self._collector.collecting = before
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -359,127 +332,155 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_before_step()
-        self._follow()
+        self._rebind_parameters()
+        scaler.check(self, self.grad_scaler)
+        groups.check_gradients(self.param_groups, self._names)
+        self._check_sampled()
         lr_covs = self._lr_covs()
-        rehearsal = checkpoint.is_rehearsal(self)
+        fresh = not (self.state or self._collector.heard)
+        rehearsal = checkpoint.is_rehearsal(self.param_groups, fresh)
         self._ownership.assign(self._blocks)
-        if distributed.world_size() > 1 and not rehearsal:
-            exchange.start(self).finish()
-        used = self._used_blocks()
+        statistics = self._collector.statistics
+        if collectives.world_size() > 1 and not rehearsal:
+            statistics = self._exchange(lr_covs)
+        used = [b for b in self._blocks if b.used]
         with without_autocast(*(block.weight.device for block in used)):
             for block in used:
-                self._advance(block, lr_covs.get(block))
-            self._statistics.clear()
-            self._wrapping.clear()
-            torch_steps.sgd_steps(self._directions(used, rehearsal), self._group_of, self.state)
+                self._advance(block, lr_covs.get(block), statistics)
+            steps = self._directions(used, rehearsal)
+            weight_steps.sgd_steps(steps, self._group_of, self.state)
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 params = [p for p in group["params"] if p.grad is not None]
-                torch_steps.adamw_step(group, params, self.state)
+                weight_steps.adamw_step(group, params, self.state)
         if rehearsal:
-            checkpoint.rewind(self)
+            checkpoint.rewind(self.state)
         else:
-            self._ownership.hand_out(self._blocks, used, self.state)
+            self._ownership.broadcast_factors(self._blocks, used, self.state)
+        self._collector.finish()
         return loss
+
+    def _check_sampled(self) -> None:
+        """Warn once if curvature on sampled labels was collected and lost."""
+        sampled, self._sampled = self._sampled, fisher.drawn()
+        if self._collector.lost(sampled != self._sampled):
+            warnings.warn(
+                "The statistics of a backward pass on sampled labels were cleared, and those of another one are used; for "
+                "the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
+                stacklevel=4,
+            )
 
     def _lr_covs(self) -> dict[Block, float]:
         """The steps on the factors that are due: a schedule's bad value is seen before anything changes."""
-        return {
-            block: options.step_size(
-                block.group["lr_cov"], self.state.get(block.weight, {}).get("step", 0)
-            )
-            for block in self._blocks
-            if self._due(block.modules[0]) is block
-        }
+        found = {}
+        for block in self._blocks:
+            state = self.state.get(block.weight, {})
+            if block.active and groups.is_due(block.group, state) and self._collector.ready(block, state):
+                found[block] = groups.step_size(block.group["lr_cov"], state.get("step", 0))
+        return found
 
-    def _used_blocks(self) -> list[Block]:
-        return [b for b in self._blocks if b.active and any(p.grad is not None for p in b.params)]
+    def _exchange(self, due: Iterable[Block]) -> dict[Block, Any]:
+        """The same gradients on all processes, if nobody averages them; and the sums of their statistics."""
+        if self.average_gradients is not False:  # (of sharded parameters, FSDP has)
+            params = [p for p in self._group_of if p.requires_grad and not hasattr(p, "full_tensor")]
+            always = self.average_gradients is True
+            if exchange.average(params, self._collector.ddp, always):
+                scaler.check_averaging(self.grad_scaler)
+        blocks = [b for b in due if b.used and b.rule.needs_rows]
+        owners = [self._ownership.owner[b] for b in blocks] if self._ownership.divided else None
+        return exchange.reduced(blocks, self._collector.statistics, owners)
 
-    def _check_before_step(self) -> None:
-        scaler.check(self)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"The gradient of {self._names[p]!r} is sparse; SINGD needs dense ones (sparse=False)."
-                    )
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # False: the scaler unscales and skips, as for any optimizer. True, said to an unknown scaler alone,
-        # makes it show itself; others who ask (Lightning) would take it for a refusal to clip.
-        asking = sys._getframe(1).f_locals.get("self")
-        return self.grad_scaler is None and isinstance(asking, torch.amp.GradScaler)
-
-    def _advance(self, block: Block, lr_cov: float | None) -> None:
-        """Count a step of the block, and update its factors if they are due and kept here."""
-        state = self.state[block.weight]
+    def _advance(
+        self, block: Block, lr_cov: float | None, statistics: Mapping[Block, Any]
+    ) -> None:
+        """Count a step of the block, and update its factors if they are due and kept here; all of it or nothing."""
+        state, factors, rule = self.state[block.weight], block.factors, block.rule
+        block.blueprints()
         if "step" not in state:
-            self._ownership.initialise(block, state)
-        statistics = self._statistics.get(block)
-        if lr_cov is not None:
-            if statistics is not None:
-                self._update_factors(block, state, statistics, lr_cov)
-            elif not self._ownership.keeps(block):
-                state["last_update"] = state["step"]  # its owner does it
-            elif block not in self._heard and _has_some(block.weight.grad):
-                self._heard.add(block)
-                warnings.warn(
-                    f"Layer {block.name!r} has a gradient but its forward and backward were not seen, so its "
-                    "factors stay as they are; build SINGD before the first call of a compiled model, call the "
-                    "layer itself, and let backward() fill in the gradients.",
-                    stacklevel=4,
-                )
-        state["step"] += 1
+            self._start(block, state)
+        step = state["step"]
+        if self._collector.advanced(block, step):
+            return
+        curvature: Curvature | None = None
+        some: Tensor | bool = True
+        if lr_cov is not None and not rule.needs_rows:
+            dW = block.gradient()
+            if self._ownership.keeps(block):
+                kept = factors.accumulated(state, block.weight.device)
+                curvature = rule.gradient_curvature(kept, dW)
+        elif lr_cov is not None and block in statistics:
+            averaged = block.group["loss_average"] is not None
+            curvature, some = statistics[block].normalised(averaged)
+        if curvature is None or some is False:
+            due_elsewhere = lr_cov is not None and not self._ownership.keeps(block)
+            if lr_cov is not None and self._ownership.keeps(block):
+                self._collector.miss(block)
+            factors.count(state, step, due_elsewhere)
+            return
+        kept = factors.accumulated(state, block.weight.device)
+        options = {**block.group, "lr_cov": lr_cov}
+        new = factors.finite(state, rule.update(kept, curvature, options, state["updates"]), some)
+        if new is None:
+            self._collector.warn_of_overflow(block)
+            factors.count(state, step, False)
+        else:
+            updates = state["updates"] + 1
+            factors.write(state, new, step=step + 1, last_update=step, updates=updates)
+
+    def _start(self, block: Block, state: dict[str, Any]) -> None:
+        new = {}
+        if self._ownership.keeps(block):
+            new = block.rule.start({side: block.identity(side) for side in (INPUT, OUTPUT)})
+        block.factors.write(state, new, step=0, last_update=-1, updates=0)
 
     def _directions(
         self, blocks: list[Block], rehearsal: bool
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The blocks' parameters that have a gradient, each with its natural gradient."""
-        found = self._natural_gradients(blocks, rehearsal)
-        for block, N in self._ownership.natural_gradients(found, rehearsal):
+        """The blocks' parameters that have a gradient, each with its direction."""
+        found = self._preconditioned(blocks, rehearsal)
+        for block, N in self._ownership.directions(found, rehearsal):
             parts = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
             for p, d in zip(block.params, parts, strict=False):
                 if d is not None and p.grad is not None:
-                    yield p, distributed.placed_like(d.to(p.dtype), p)
+                    d = weight_steps.matched(d, block.group["match_rms"])
+                    yield p, collectives.placed_like(d.to(p.dtype), p)
 
-    def _natural_gradients(
+    def _preconditioned(
         self, blocks: list[Block], rehearsal: bool
     ) -> Iterator[tuple[Block, Tensor | None]]:
-        """That of each block, [d_o, d_i]; None of one that another rank owns."""
-        for block, whole in distributed.whole_gradients(blocks):
-            dW = block.gradient(whole)
+        """The preconditioned gradient of each block, [d_o, d_i]; None of one that another rank owns."""
+
+        def vector(p: nn.Parameter) -> Tensor:
+            return weight_steps.averaged_gradient(
+                p, gradient_of(p), self._group_of[p], self.state[p]
+            )
+
+        for block, vectors in collectives.whole_vectors(blocks, vector):
+            dW = block.gradient(vectors)
             if rehearsal:
                 yield block, dW  # it is zero
             elif not self._ownership.keeps(block):
                 yield block, None
             else:
-                K, C = (self._outer(block, side) for side in SIDES)
-                yield block, natural_gradient(K, C, dW, overwrite=block.bias is not None)
+                keep = self.cache_products and block.group["T"] != 1
+                state, device = self.state[block.weight], block.weight.device
+                prepared = block.factors.prepared(block.rule, state, keep, device)
+                yield block, block.rule.direction(prepared, dW, overwrite=block.bias is not None)
 
-    def _update_factors(
-        self, block: Block, state: dict[str, Any], statistics: Statistics, lr_cov: float
-    ) -> None:
-        group = block.group
-        factors = [self._factor(block, key) for key in checkpoint.FACTORS]
-        K, C, m_K, m_C = (F.to(dtype=accumulation_dtype(F.dtype)) for F in factors)
-        H_K, H_C, some = statistics.normalised()
-        new_m_K, new_m_C = riemannian_momenta(
-            *(K, C, m_K, m_C, H_K, H_C),
-            damping=group["damping"],
-            alpha1=group["alpha1"],
-            normalize=group["normalize_lr_cov"],
-            kfac_like=group["kfac_like"],
-            weight=some,  # nothing finite was seen: stay
-        )
-        step = {"lr_cov": lr_cov, "normalize": group["normalize_lr_cov"], "weight": some}
-        new = (moved_factor(K, new_m_K, **step), moved_factor(C, new_m_C, **step), new_m_K, new_m_C)
-        for key, matrix in zip(checkpoint.FACTORS, new, strict=True):
-            matrix = matrix.to(dtype=state[key].dtype)
-            state[key] = matrix.flat()
-            block.remember(key, state[key], matrix)
-        state["last_update"] = state["step"]
+    @property
+    def grad_scaler(self) -> Any:
+        """The gradient scaler that scales the loss, or None."""
+        return self._collector.grad_scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, value: Any) -> None:
+        self._collector.grad_scaler = value
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # False: the scaler unscales and skips, as for any optimizer. True, said to an unknown scaler alone,
+        # makes it show itself; others who ask (Lightning) would take it for a refusal to clip.
+        return self.grad_scaler is None and isinstance(torch_private.caller(), torch.amp.GradScaler)
 
     # -- checkpoints and copies ----------------------------------------------------------------------
 
@@ -488,8 +489,15 @@ class SINGD(torch.optim.Optimizer):
 
         With ``shard_factors`` it holds the factors of all ranks, and every rank must call it.
         """
-        self._follow()
-        return checkpoint.pack(self, super().state_dict())
+        self._rebind_parameters()
+        packed = checkpoint.pack(super().state_dict())
+        if self._ownership.divided:
+            blocks = [b for b in self._blocks if "step" in self.state.get(b.weight, {})]
+            found = self._ownership.gathered(blocks, self.state, "state_dict")
+            by_weight = dict(zip((b.weight for b in blocks), found, strict=True))
+            for p, entry, _ in checkpoint.pairs(self.param_groups, packed):
+                entry.update(checkpoint.copied(by_weight.get(p, {})))
+        return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As in torch, but the factors keep their own dtype, and what doesn't fit is refused.
@@ -503,46 +511,50 @@ class SINGD(torch.optim.Optimizer):
             ValueError: If a layer's structures or shapes differ from the checkpoint's, in one sentence
                 that names the layer; nothing is loaded then.
         """
-        self._follow()
-        checkpoint.check(self, state_dict)
-        super().load_state_dict(checkpoint.complete(self, state_dict))
-        checkpoint.restore(self, state_dict)
-        self._statistics.clear()
-        self._index()
-        self._ownership.assign(self._blocks)
-        self._ownership.keep_own(self._blocks, self.state)
+        self._rebind_parameters()
+        loaded: dict[str, Any] = {}
+
+        def before(_: Any, final: Any) -> dict[str, Any]:  # after all that a user's hooks change
+            loaded.update(checkpoint.upgraded(final, self.param_groups, self._active))
+            checkpoint.check(self.param_groups, self._active, self._names, loaded)
+            return checkpoint.complete(self.param_groups, loaded)
+
+        def after(_: Any) -> None:  # before all that a user's hooks see
+            self._index()
+            checkpoint.restore(self.param_groups, self._active, self.state, loaded)
+            self._collector.clear()
+            self._ownership.assign(self._blocks)
+            self._ownership.keep_own(self._blocks, self.state)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "_fallback",
-            "_slots",
-            "_blocks",
-            "_reasons",
-            "_names",
-            "_heard",
-            "_announced",
-            "grad_scaler",
-            "cache_products",
-            "average_gradients",
-            "_ownership",
-            "_wrapping",
-        )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = {name: value for name, value in self.__dict__.items() if name in _COPIED}
+        return {**super().__getstate__(), **own, "grad_scaler": self.grad_scaler}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        grad_scaler = state.pop("grad_scaler", None)
         super().__setstate__(state)
         if "_blocks" in state:  # a copy or an unpickled optimizer, not torch's load_state_dict
-            self._statistics = {}
-            for block in self._blocks:
-                if block.active:
-                    for layer in block.modules:
-                        watch(layer, self)
+            self._collector = Collector(self.state, grad_scaler)
             self._index()
+
+    def detach(self) -> None:
+        """Take all hooks off the model, for good: it can be scripted, quantised or pickled as if SINGD had never been."""
+        self._collector.detach()
 
     # -- looking inside --------------------------------------------------------------------------------
 
-    def factors(self, layer: nn.Module | str) -> Factors:
-        """A layer's preconditioner as structured matrices; copies, which training does not change.
+    def factors(self, layer: nn.Module | str) -> Any:
+        """What the rule keeps of a layer, as structured matrices by its names; copies, which training does not change.
 
         With ``shard_factors`` every rank must ask for it: its owner hands it out.
 
@@ -552,16 +564,16 @@ class SINGD(torch.optim.Optimizer):
         Raises:
             ValueError: If SINGD doesn't precondition that layer.
         """
-        self._follow()
+        self._rebind_parameters()
         for block in self._blocks:
             if block.active and (layer in block.names or any(layer is m for m in block.modules)):
-                if block.weight not in self.state:
-                    zero = {s: block.identity(s) * 0.0 for s in SIDES}
-                    return Factors(block.identity("K"), block.identity("C"), zero["K"], zero["C"])
-                flat = self._ownership.gathered([block], checkpoint.FACTORS, self.state, "factors")
-                return Factors(
-                    *(block.blueprint(key[-1]).from_flat(v.clone()) for key, v in flat[0].items())
-                )
+                keeps = _named(tuple(block.rule.keeps))
+                if "step" not in self.state.get(block.weight, {}):
+                    eye = {side: block.identity(side) for side in (INPUT, OUTPUT)}
+                    return keeps(**block.rule.start(eye))
+                blueprints = block.blueprints()
+                (flat,) = self._ownership.gathered([block], self.state, "factors")
+                return keeps(**{n: blueprints[n].from_flat(v.clone()) for n, v in flat.items()})
         known = ", ".join(repr(n) for b in self._blocks if b.active for n in b.names)
         raise ValueError(f"SINGD doesn't precondition layer {layer!r}; choose from {known}.")
 
@@ -570,24 +582,20 @@ class SINGD(torch.optim.Optimizer):
 
         With ``shard_factors``, and of a model under ``fully_shard``, every rank must ask for them.
         """
-        return report.stats(self)
+        return report.stats(list(self._active.values()), self.state, self._group_of, self._ownership)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        blocks = list(self._active.values())
+        return report.rows(blocks, self._names, self._reasons, self.param_groups, self.state)
 
     def __repr__(self) -> str:
-        return report.table(self)
+        return report.table(self._rows())
 
     def _repr_html_(self) -> str:
-        return report.html_table(self)
+        return report.html_table(self._rows())
 
 
-def _parameter(p: Any) -> Any:
-    """The parameter of an entry that may be a (name, parameter) pair, as in torch."""
-    return p[1] if isinstance(p, tuple) else p
-
-
-def _as_list(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
-
-
-def _has_some(grad: Tensor | None) -> bool:
-    """Whether a gradient is anything but zero (a frozen or an unused layer's is not)."""
-    return grad is not None and bool(grad.any())
+_COPIED = {
+    "_fallback", "_slots", "_blocks", "_reasons", "_names", "_announced", "cache_products", "average_gradients",
+    "_ownership", "_sampled",
+}  # fmt: skip

@@ -6,15 +6,14 @@ unscales anything. SINGD therefore has to know the scaler; it must not guess.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from singd.optimizer import SINGD
+from singd.torch_private import scaler_of_this_step
 
 
-def check(optimizer: SINGD) -> None:
+def check(optimizer: torch.optim.Optimizer, scaler: Any) -> None:
     """Refuse a step whose statistics have another scale than its gradients.
 
     Raises:
@@ -28,12 +27,10 @@ def check(optimizer: SINGD) -> None:
             "A GradScaler steps this optimizer without being known to it, so that its statistics would "
             "be off by the squared scale; build it with SINGD(..., grad_scaler=scaler)."
         )
-    scaler = optimizer.grad_scaler
     if scaler is None or not scaler.is_enabled():
         return
     # A scaler notes for each device whether it found an inf, right before it steps.
-    mine = getattr(scaler, "_per_optimizer_states", {}).get(id(optimizer))
-    if mine is None or not mine["found_inf_per_device"]:
+    if scaler_of_this_step(scaler, optimizer) is False:
         raise RuntimeError(
             "SINGD was built with a grad_scaler, but that scaler did not unscale the gradients of this step; "
             "use scaler.step(optimizer)."

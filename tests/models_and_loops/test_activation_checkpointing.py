@@ -99,7 +99,7 @@ def test_inputs_inside_a_segment_are_not_held(reentrant):
         gc.collect()
         assert all((ref() is not None) == held for ref in seen)
         loss.backward()
-        assert optimizer._statistics
+        assert optimizer._collector.statistics
 
 
 def test_saved_tensor_hooks_see_the_inputs():

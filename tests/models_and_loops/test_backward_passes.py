@@ -422,7 +422,7 @@ def test_a_forward_without_backward_is_let_go_without_the_garbage_collector():
         assert seen[0]() is None
     finally:
         gc.enable()
-    assert optimizer._statistics == {}
+    assert optimizer._collector.statistics == {}
 
 
 def test_an_optimizer_that_is_gone_leaves_the_model_alone():

@@ -163,7 +163,7 @@ def test_only_plain_values():
     for path, value in leaves(optimizer.state_dict()):
         assert type(value) in plain, path
     for group in optimizer.state_dict()["param_groups"]:
-        assert group["format"] == 1 and group["structures"] == ("diagonal", "dense")
+        assert group["format"] == 2 and group["structures"] == ("diagonal", "dense")
 
 
 def test_keys_are_complete_from_the_first_step_on():
@@ -173,7 +173,7 @@ def test_keys_are_complete_from_the_first_step_on():
     train(model, optimizer, range(1, 6))
     assert [path for path, _ in leaves(optimizer.state_dict())] == first
     names = {p: n for n, p in model.named_parameters()}
-    weight = {"step", "last_update", "K", "C", "m_K", "m_C", "momentum_buffer"}
+    weight = {"step", "last_update", "updates", "K", "C", "m_K", "m_C", "momentum_buffer"}
     assert {names[p]: set(s) for p, s in optimizer.state.items()} == {
         **dict.fromkeys(("0.weight", "4.weight", "6.weight"), weight),
         **{n: {"momentum_buffer"} for n in ("0.bias", "6.bias")},

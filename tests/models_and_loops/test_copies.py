@@ -55,7 +55,7 @@ def test_a_model_copied_alone_feeds_nobody(way):
     alone = way(model)
     x, y = batch(50)
     nn.functional.cross_entropy(alone(x), y).backward()
-    assert optimizer._statistics == {}
+    assert optimizer._collector.statistics == {}
     train(model, optimizer, range(2, 5))
     train(other, reference, range(2, 5))
     assert same_weights(model, other)

@@ -14,6 +14,7 @@ from singd.structures.registry import (
 from singd.structures.toeplitz import UpperToeplitz
 from singd.structures.triangular import Upper
 
+Preconditioner = OuterProduct
 __all__ = [
     "BlockDiagonal",
     "Congruence",

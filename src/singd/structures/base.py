@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from singd.structures import picture
 from singd.structures.border import Border
 from singd.structures.congruence import Congruence
 
@@ -49,6 +48,7 @@ class OuterProduct:
     def outer_(self, X: Tensor) -> Tensor:
         """The same, where X may be overwritten."""
         return (self.multiply_ or self.multiply)(X)
+    mm_AAt, mm_AAt_ = outer, outer_
 
 
 @dataclass(eq=False, repr=False)
@@ -205,6 +205,18 @@ class StructuredMatrix(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no border.")
 
+    # interim
+    def mm_AAt(self, X): return self.outer(X)
+    def mm_AAt_(self, X): return self.outer_(X)
+    def project_congruence(self, rows): return self.sandwich(rows)
+    def preconditioner(self): return self.outer_product() or self
+    def spectral_norm(self, products=6):
+        v = torch.randn(self.n, 1, generator=torch.Generator().manual_seed(0)).to(self._first())
+        for _ in range(products):
+            v = self.tmm(self.mm(v))
+            v = v / v.norm().clamp(min=1e-30)
+        return 1.1 * self.mm(v).norm()
+
     # -- a vector space, number by number ----------------------------------------------------------------
 
     def map(self: Self, function: Callable[..., Tensor], *others: Self) -> Self:
@@ -330,6 +342,7 @@ class StructuredMatrix(ABC):
         return f"{type(self).__name__}(n={self.n}, {self.numel} numbers, {self.dtype})"
 
     def _repr_html_(self) -> str:
+        from singd.report import picture
         return picture.html_picture(self)
 
 

@@ -1,4 +1,4 @@
-"""The parameter steps, which are torch's own: SGD with momentum for natural gradients, AdamW for the rest."""
+"""The steps on the weights: momentum and size of a direction, and torch's own SGD and AdamW to take them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,46 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from singd.statistics import accumulation_dtype
+from singd.precision import accumulation_dtype, wide_dtype
 
 TOGETHER = 2**16
 """How many numbers a CPU moves at a time: so many are still in its cache, and small tensors share a call."""
+
+
+def averaged_gradient(
+    p: nn.Parameter, gradient: Tensor, group: Mapping[str, Any], state: MutableMapping[str, Any]
+) -> Tensor:
+    r"""The momentum that stands before the preconditioner (``momentum_on="gradient"``).
+
+    .. math:: B \leftarrow \alpha_2 B + (1 - \alpha_2)\, g, \qquad V = B
+        \text{, or with Nesterov } V = \alpha_2 B + (1 - \alpha_2)\, g
+
+    The first gradient counts in full.
+
+    Args:
+        p: The parameter.
+        gradient: Its gradient, which is not changed.
+        group: Its param_group.
+        state: Its state; the buffer is kept in it.
+    """
+    if group["momentum_on"] != "gradient" or group["momentum"] == 0:
+        return gradient
+    buffer = state.get("momentum_buffer")
+    if buffer is None:
+        buffer = state["momentum_buffer"] = gradient.clone()
+    else:
+        buffer = state["momentum_buffer"] = _beside(buffer, p)
+        buffer.lerp_(gradient.to(buffer.dtype), 1 - group["momentum"])
+    return gradient.lerp(buffer.to(gradient.dtype), group["momentum"]) if group["nesterov"] else buffer
+
+
+def matched(direction: Tensor, rms: float | None) -> Tensor:
+    """A direction scaled to a root mean square, whatever its size was; as it is with None."""
+    if rms is None:
+        return direction
+    size = torch.linalg.vector_norm(direction, dtype=wide_dtype(direction.dtype))
+    scale = rms * direction.numel() ** 0.5 / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return direction * scale
 
 
 def sgd_steps(
@@ -63,7 +99,8 @@ def _sgd_step(
         states: The optimizer's state by parameter; momentum buffers are kept in it.
     """
     buffers: list[Tensor | None] = [None] * len(params)
-    if group["momentum"] != 0:
+    after = group["momentum_on"] == "direction"  # else it stood before the preconditioner
+    if after and group["momentum"] != 0:
         for i, p in enumerate(params):
             state = states[p]
             if "momentum_buffer" not in state:
@@ -74,10 +111,10 @@ def _sgd_step(
         list(directions),
         buffers,
         lr=group["lr"],
-        momentum=group["momentum"],
+        momentum=group["momentum"] if after else 0.0,
         weight_decay=group["weight_decay"],
         dampening=0.0,
-        nesterov=False,
+        nesterov=after and group["nesterov"] and group["momentum"] != 0,
         maximize=False,
     )
 

@@ -1,7 +1,8 @@
 """Which rank keeps the factors of which layer (``shard_factors=True``), and what the owners hand out.
 
-The owner of a layer holds its K, C, m_K and m_C, updates them and computes its natural gradients. All other
-ranks see K and C only while they gather statistics for the next update: the statistics are P(K^T U K) already.
+The owner of a layer holds its factors, updates them and computes its preconditioned gradients. All other ranks see
+what the rule gathers with (K and C of SINGD) only while they gather statistics for the next update: the statistics
+are P(K^T U K) already.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd import distributed
-from singd.blocks import SIDES, Block
-from singd.checkpoint import FACTORS
+from singd.blocks import Block
+from singd.groups import is_due
+from singd.processes.collectives import Piece, all_gather_flat, rank, world_size
+from singd.rules import INPUT, OUTPUT
 
-State = Mapping[Any, dict[str, Any]]
+States = Mapping[Any, dict[str, Any]]
 
 
 def cost(block: Block) -> float:
@@ -27,7 +29,8 @@ def cost(block: Block) -> float:
     s^2 / d_i each (d_i^3 if dense, d_i if diagonal). The same for C.
     """
     d_o, d_i = block.size
-    stored_K, stored_C = (block.blueprint(side).numel for side in SIDES)
+    block.blueprints()
+    stored_K, stored_C = (block.factors.identity[side].numel for side in (INPUT, OUTPUT))
     natural_gradient = 2 * (stored_K * d_o + stored_C * d_i)
     update = 2 * (stored_K**2 / d_i + stored_C**2 / d_o)
     return natural_gradient + update + 2 * (stored_K + stored_C)
@@ -58,16 +61,12 @@ class Ownership:
         ranks: How many processes the blocks were shared out to.
         rank: Which of them this one is.
         owner: The rank of each block. It never changes, so that no state has to move.
-        handed: K and C of the blocks that are due in the next step, on all ranks; nothing for an own block.
-        dtypes: Those of the four factors of each block, which may be another rank's.
     """
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted
         self.rank, self.ranks = 0, 1
         self.owner: dict[Block, int] = {}
-        self.handed: dict[Block, dict[str, Tensor]] = {}
-        self.dtypes: dict[Block, dict[str, torch.dtype]] = {}
 
     @property
     def divided(self) -> bool:
@@ -83,11 +82,11 @@ class Ownership:
         if not self.wanted:
             return
         self.check_ranks()
-        self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        self.rank, self.ranks = rank(), world_size()
         new = [b for b in blocks if b.active and b not in self.owner]
         loads = [0.0] * self.ranks
-        for block, rank in self.owner.items():
-            loads[rank] += cost(block)
+        for block, owner in self.owner.items():
+            loads[owner] += cost(block)
         self.owner.update(zip(new, balanced([cost(b) for b in new], loads), strict=True))
 
     def check_ranks(self) -> None:
@@ -96,7 +95,7 @@ class Ownership:
         Raises:
             RuntimeError: If this is another rank, or one of another number, than when factors were shared out.
         """
-        here = distributed.rank(), distributed.world_size()
+        here = rank(), world_size()
         if self.owner and here != (self.rank, self.ranks):
             raise RuntimeError(
                 f"This optimizer holds the factors of rank {self.rank} of {self.ranks} (shard_factors=True), but "
@@ -107,51 +106,41 @@ class Ownership:
         """Whether the factors of a block are kept here."""
         return not self.divided or self.owner[block] == self.rank
 
-    def ready(self, block: Block, state: Mapping[str, Any]) -> bool:
-        """Whether every rank has K and C, as gathering statistics needs them: all ranks say the same.
-
-        They lack only where T was changed after the end of the last step.
-        """
-        return not self.divided or state.get("last_update", -1) < 0 or block in self.handed
-
     def gathered(
-        self, blocks: Sequence[Block], keys: Sequence[str], states: State, where: str = "step"
+        self, blocks: Sequence[Block], states: States, where: str, gathers_with: bool = False
     ) -> list[dict[str, Tensor]]:
         """The factors of some blocks, from their owners; every rank must ask for the same ones.
 
         Args:
             blocks: Blocks that have state.
-            keys: Some of K, C, m_K, m_C.
             states: The optimizer's state.
             where: The method that asks, for the error.
+            gathers_with: Whether only those that the rule gathers with are wanted.
 
         Returns:
-            For each block the flat numbers of each key.
+            For each block the flat numbers of each name.
         """
+        names = [b.rule.gathers_with if gathers_with else tuple(b.rule.keeps) for b in blocks]
         if not self.divided:
-            return [{key: states[b.weight][key] for key in keys} for b in blocks]
+            pairs = zip(blocks, names, strict=True)
+            return [{name: states[b.weight][name] for name in some} for b, some in pairs]
         self.check_ranks()
         pieces = [
-            distributed.Piece(
-                self.owner[b],
-                b.blueprint(key[-1]).numel,
-                self.dtypes[b][key],
-                b.weight.device,
-                states[b.weight].get(key),
-            )
-            for b in blocks
-            for key in keys
+            Piece(self.owner[b], A.numel, A.dtype, b.weight.device, states[b.weight].get(name))
+            for b, some in zip(blocks, names, strict=True)
+            for name, A in b.blueprints().items()
+            if name in some
         ]
-        flat = iter(distributed.spread(pieces, where))
-        return [{key: next(flat) for key in keys} for _ in blocks]
+        flat = iter(all_gather_flat(pieces, where))
+        return [{name: next(flat) for name in some} for some in names]
 
-    def natural_gradients(
+    def directions(
         self, found: Iterable[tuple[Block, Tensor | None]], complete: bool = False
     ) -> Iterator[tuple[Block, Tensor]]:
-        """The natural gradients of all blocks, [d_o, d_i], from those that each rank has computed.
+        """The preconditioned gradients of all blocks, [d_o, d_i], from those that each rank has computed.
 
         Args:
-            found: Each block with its natural gradient, or with None where another rank owns it.
+            found: Each block with its own, or with None where another rank owns it.
             complete: Whether every rank has them all.
         """
         if complete or not self.divided:
@@ -166,62 +155,49 @@ class Ownership:
             for p in block.params:
                 dtype = torch.promote_types(dtype, p.dtype)
             numel, device = math.prod(block.size), block.weight.device
-            pieces.append(distributed.Piece(self.owner[block], numel, dtype, device, N))
-        for (block, _), flat in zip(pairs, distributed.spread(pieces), strict=True):
+            pieces.append(Piece(self.owner[block], numel, dtype, device, N))
+        for (block, _), flat in zip(pairs, all_gather_flat(pieces), strict=True):
             yield block, flat.view(block.size)
 
-    def hand_out(self, blocks: Iterable[Block], used: Iterable[Block], states: State) -> None:
-        """At the end of a step, give K and C of the layers that are due in the next one to all ranks.
+    def broadcast_factors(
+        self, blocks: Iterable[Block], used: Iterable[Block], states: States
+    ) -> None:
+        """At the end of a step, give all ranks what they gather with for the layers that are due in the next one.
 
-        (Not in the hooks, when they are needed: ranks may use different layers.) Before the first update
-        they are identities, which need not be sent.
+        (Not in the hooks, when it is needed: ranks may use different layers.) Before the first update
+        factors are as they start, and need not be sent.
 
         Args:
             blocks: All blocks.
-            used: Those that took part in this step, whose K and C are old now.
+            used: Those that took part in this step, whose factors are old now.
             states: The optimizer's state.
         """
         if not self.divided:
             return
         for block in used:
-            self.handed.pop(block, None)
+            block.factors.handed = {}
         due = []
         for block in blocks:
             state = states.get(block.weight, {})
-            if not self.ready(block, state) and state["step"] % block.group["T"] == 0:
-                due.append(block)
-        for block, factors in zip(due, self.gathered(due, SIDES, states), strict=True):
-            self.handed[block] = {} if self.keeps(block) else factors
+            handed = block.factors.handed or not block.rule.gathers_with
+            if block.active and state.get("last_update", -1) >= 0 and not handed:
+                if is_due(block.group, state):
+                    due.append(block)
+        for block, factors in zip(due, self.gathered(due, states, "step", True), strict=True):
+            block.factors.handed = factors
 
-    def initialise(self, block: Block, state: dict[str, Any]) -> None:
-        """Start with identities for K and C, and no momenta, in the state of the owner."""
-        state["step"] = 0
-        state["last_update"] = -1
-        self.dtypes[block] = {key: block.dtype(key[-1]) for key in FACTORS}
-        if self.keeps(block):
-            for side in SIDES:
-                eye = block.identity(side)
-                state[side] = eye.flat()
-                state["m_" + side] = torch.zeros_like(state[side])
-        block.frozen_shape = True
-
-    def keep_own(self, blocks: Iterable[Block], states: State) -> None:
+    def keep_own(self, blocks: Iterable[Block], states: States) -> None:
         """Of whole states that were loaded, keep what this rank owns and what the next update needs.
 
         Args:
             blocks: All blocks.
             states: The optimizer's state; changed in place.
         """
-        self.handed.clear()
         for block in blocks:
+            block.factors.handed = {}
             state = states.get(block.weight, {})
-            block.frozen_shape = "K" in state
-            if not block.frozen_shape:
+            if not block.active or "step" not in state or self.keeps(block):
                 continue
-            self.dtypes[block] = {key: state[key].dtype for key in FACTORS}
-            if not self.divided:
-                continue
-            mine = self.keeps(block)
-            others = {} if mine else {key: state.pop(key) for key in FACTORS}
-            if state["step"] % block.group["T"] == 0:
-                self.handed[block] = {key: others[key] for key in others if key in SIDES}
+            others = {name: state.pop(name) for name in block.rule.keeps}
+            if is_due(block.group, state):
+                block.factors.handed = {name: others[name] for name in block.rule.gathers_with}

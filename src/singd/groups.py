@@ -1,0 +1,308 @@
+"""The options of a parameter group: their published values, checks, and what of them goes into a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from singd.rules import Rule, find_rule
+from singd.structures import Structure, structure
+
+FORMAT = 2  # of a checkpoint; raised when an older version could not read a newer one's
+
+KFAC_APPROX = ("expand", "reduce")
+LOSS_AVERAGE = (None, "batch", "batch+sequence")
+ALGORITHMS = ("singd", "adamw")
+NORMALIZE = (False, True, "spectral")
+MOMENTUM_ON = ("direction", "gradient")
+
+#: What the fallback group runs with unless ``fallback`` says otherwise: AdamW's usual values, no decay.
+ADAMW: Mapping[str, Any] = MappingProxyType(
+    {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+)
+
+
+#: Keyword arguments with which SINGD is the published method, each in its published meaning.
+PUBLISHED: Mapping[str, Any] = MappingProxyType(
+    {
+        "momentum": 0.9,
+        "damping": 1e-3,
+        "alpha1": 0.5,
+        "weight_decay": 0.0,
+        "T": 10,
+        "loss_average": "batch",
+        "lr_cov": 1e-2,
+        "structures": ("dense", "dense"),
+        "kfac_approx": "expand",
+        "normalize_lr_cov": False,
+        "rule": "singd",
+        "relative_damping": False,
+        "scaled_start": False,
+        "fast_start": False,
+        "momentum_on": "direction",
+        "nesterov": False,
+        "match_rms": None,
+        "fallback": ADAMW,
+    }
+)
+
+OPTIONS = (*(name for name in PUBLISHED if name != "fallback"), "lr", "kfac_like", "preconditioner_dtype")
+"""The names of the options of a group that SINGD preconditions."""
+
+#: What torch calls the options that no group of ours knows, but that schedulers add.
+_ADDED = ("params", "param_names", "initial_lr", "algorithm", "format", "betas", "eps")
+
+
+def _number(name: str, value: Any, *, below: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite number in ``[0, below)``."""
+    what = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+    if isinstance(value, Tensor) and value.numel() == 1 and name == "lr":
+        value = value.item()  # torch lets a learning rate be a tensor
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {what}, got {value!r}.")
+    if not (math.isfinite(value) and 0 <= value < below):
+        raise ValueError(f"{name} must be {what}, got {value!r}.")
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def dtypes(preconditioner_dtype: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """``preconditioner_dtype`` as a pair for K and C; None stands for the weight's dtype."""
+    value = preconditioner_dtype
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(
+        d is None or (isinstance(d, torch.dtype) and d.is_floating_point) for d in pair
+    ):
+        raise ValueError(
+            "preconditioner_dtype must be None, a floating-point torch.dtype or a pair of them "
+            f"(for K, for C), got {value!r}."
+        )
+    return pair
+
+
+def resolve(structures: Any) -> tuple[Structure, Structure]:
+    """``structures`` as a pair for K and C.
+
+    Raises:
+        ValueError: If it is no pair, or names an unknown structure.
+    """
+    if (
+        isinstance(structures, str)
+        or not isinstance(structures, (tuple, list))
+        or len(structures) != 2
+    ):
+        raise ValueError(f"structures must be a pair (for K, for C), got {structures!r}.")
+    return structure(structures[0]), structure(structures[1])
+
+
+def step_size(lr_cov: float | Callable[[int], float], step: int) -> float:
+    """``lr_cov`` at a step, checked where a callable is only known then."""
+    if not callable(lr_cov):
+        return lr_cov
+    value = lr_cov(step)
+    _number(f"lr_cov({step})", value)
+    return value
+
+
+def interval(T: int | Callable[[int], int], step: int) -> int:
+    """The steps between updates at a step, checked where a callable is only known then."""
+    value = T(step) if callable(T) else T
+    what = f"T({step})" if callable(T) else "T"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{what} must be an integer >= 1, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{what} must be an integer >= 1, got {value!r}.")
+    return int(value)
+
+
+def is_due(group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Whether the factors of a layer are updated in the next step: at steps 0, T, 2T, ...
+
+    Where T is a callable: once T(step) steps have passed since the last update.
+    """
+    step, last = state.get("step", 0), state.get("last_update", -1)
+    every = interval(group["T"], step)
+    if callable(group["T"]):
+        return last < 0 or step - last >= every
+    return step % every == 0
+
+
+def rule_of(group: Mapping[str, Any]) -> Rule:
+    """The rule that moves the factors of a group."""
+    return find_rule("ikfac" if group["kfac_like"] else group["rule"])
+
+
+def check_singd(group: Mapping[str, Any]) -> None:
+    """Check the options of a group that SINGD preconditions.
+
+    Raises:
+        TypeError: For a value of the wrong type.
+        ValueError: For a value out of range; the sentence names the choices.
+    """
+    for name in ("lr", "momentum", "damping", "alpha1", "weight_decay"):
+        _number(name, group[name])
+    _number("alpha1", group["alpha1"], below=1.0)
+    if group["momentum_on"] == "gradient":
+        _number("momentum", group["momentum"], below=1.0)
+    if group["match_rms"] is not None:
+        _number("match_rms", group["match_rms"])
+    if not callable(group["lr_cov"]):
+        _number("lr_cov", group["lr_cov"])
+    if not callable(group["T"]):
+        interval(group["T"], 0)
+    _choice("loss_average", group["loss_average"], LOSS_AVERAGE)
+    _choice("kfac_approx", group["kfac_approx"], KFAC_APPROX)
+    _choice("normalize_lr_cov", group["normalize_lr_cov"], NORMALIZE)
+    _choice("momentum_on", group["momentum_on"], MOMENTUM_ON)
+    for name in ("kfac_like", "relative_damping", "scaled_start", "fast_start", "nesterov"):
+        _boolean(name, group[name])
+    dtypes(group["preconditioner_dtype"])
+    _check_rule(group)
+
+
+def _check_rule(group: Mapping[str, Any]) -> None:
+    rule = find_rule(group["rule"])
+    if group["kfac_like"] and rule.name not in ("singd", "ikfac"):
+        raise ValueError(f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them.")
+    for spec in resolve(group["structures"]):
+        works_with = rule.refusal(spec(1, device="meta"))
+        if works_with is not None:
+            raise ValueError(
+                f"The rule {rule.name!r} works with {works_with} only, got the structure {spec.name!r}."
+            )
+
+
+def check_names(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse an option that nobody reads, such as a misspelt one.
+
+    Raises:
+        ValueError: With the name and the choices.
+    """
+    choices = {*known, *_ADDED}
+    for name in group:
+        if name not in choices and not name.startswith(("max_", "min_", "base_", "swa_")):
+            shown = ", ".join(sorted({*known, "params"} - {"format"}))
+            raise ValueError(f"Unknown option {name!r} of a parameter group; choose from {shown}.")
+
+
+def check_adamw(group: Mapping[str, Any]) -> None:
+    """Check the options of a fallback group; raises as :func:`check_singd`."""
+    for name in ("lr", "eps", "weight_decay"):
+        _number(name, group[name])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}.")
+    for beta in betas:
+        _number("betas", beta, below=1.0)
+
+
+def check_whole(given: Mapping[str, Any]) -> None:
+    """Check the options of the whole optimizer; raises as :func:`check_singd`."""
+    for name in ("cache_products", "shard_factors", "warn_unsupported"):
+        _boolean(name, given[name])
+    if given["average_gradients"] is not None:
+        _boolean("average_gradients", given["average_gradients"])
+    grad_scaler = given["grad_scaler"]
+    if grad_scaler is not None and not (hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
+
+
+def check_algorithm(algorithm: Any) -> None:
+    """Raise unless it is one that a group can be trained by."""
+    _choice("algorithm", algorithm, ALGORITHMS)
+
+
+def check_gradients(param_groups: Any, names: Mapping[Any, str]) -> None:
+    """Refuse sparse gradients before anything is changed."""
+    for group in param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    f"The gradient of {names[p]!r} is sparse; SINGD needs dense ones (sparse=False)."
+                )
+
+
+def parameter(p: Any) -> Any:
+    """The parameter of an entry that may be a (name, parameter) pair, as in torch."""
+    return p[1] if isinstance(p, tuple) else p
+
+
+def as_list(params: Any) -> list[Any]:
+    """The parameters of a group as a list.
+
+    Raises:
+        TypeError: For a set, whose order differs from run to run.
+    """
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("The parameters of a group must be in a fixed order, got a set; pass a list.")
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def as_groups(params: Any) -> list[dict[str, Any]]:
+    """What a user passes as ``params``, as a list of groups.
+
+    Raises:
+        ValueError: For a group without parameters.
+    """
+    params = as_list(params)
+    found = params if params and isinstance(params[0], dict) else [{"params": params}]
+    for group in found:
+        if "params" not in group:
+            raise ValueError(f"A parameter group needs 'params', got only {', '.join(map(repr, group))}.")
+    return [{**g, "params": as_list(g["params"])} for g in found]
+
+
+def fallback_options(
+    fallback: Mapping[str, Any] | None, lr: float | Tensor
+) -> dict[str, Any] | None:
+    """The fallback's options, completed, with SINGD's lr unless it has its own; None where it is switched off."""
+    if fallback is None:
+        return None
+    if not isinstance(fallback, Mapping):
+        raise TypeError(f"fallback must be a dict of AdamW options or None, got {fallback!r}.")
+    unknown = [name for name in fallback if name not in ADAMW]
+    if unknown:
+        raise ValueError(f"Unknown fallback option {unknown[0]!r}; choose from {', '.join(ADAMW)}.")
+    check_adamw({**ADAMW, **fallback})
+    return {**ADAMW, "lr": lr, **fallback}
+
+
+def fallback_group(group: Mapping[str, Any], fallback: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of AdamW for those parameters of a group that fall to it: what the group says itself, then the
+    fallback's.
+
+    Args:
+        group: What the user said of the group.
+        fallback: Of the whole optimizer.
+    """
+    own = {name: group[name] for name in ADAMW if name in group}
+    adam = {**(ADAMW if fallback is None else fallback), **own, "algorithm": "adamw"}
+    check_adamw(adam)
+    return {**group, **adam}
+
+
+def saved_rule(group: Mapping[str, Any]) -> str:
+    """The name of the rule that a checkpoint's group was trained by."""
+    return "ikfac" if group.get("kfac_like") else group.get("rule", "singd")
+
+
+def saved(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as plain values for a checkpoint: names for structures and rules, no callables."""
+    plain = {name: value for name, value in group.items() if not callable(value)}
+    plain["structures"] = tuple(s.name for s in resolve(group["structures"]))
+    plain["rule"] = find_rule(group["rule"]).name
+    return plain

@@ -1,0 +1,259 @@
+"""What happens at a layer's forward and backward: its rows are handed to the rule, its statistics kept.
+
+A forward hook on the layer puts a tensor hook on its output. (A module's backward hook would break in-place
+activations.) Every backward adds to the statistics, and they live exactly as long as the gradients do.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from singd import torch_private
+from singd.blocks import Block
+from singd.groups import is_due
+from singd.precision import accumulation_dtype, without_autocast
+from singd.processes.ddp import DDPDetector
+from singd.rules import INPUT, OUTPUT
+from singd.statistics import Statistics, gathered
+from singd.structures import StructuredMatrix
+
+
+class Collector:
+    """What the hooks of one optimizer know, and the statistics that they collect.
+
+    Attributes:
+        statistics: Of each block, since the last step.
+        heard: The blocks that statistics came from, or that a warning was given for.
+        collecting: Whether backward passes add to the statistics.
+        grad_scaler: What scales the loss, or None.
+        states: The optimizer's state by parameter.
+        ddp: What ran the forwards.
+        block_of: The block of each layer.
+        divided: Whether other processes keep the factors of some layers.
+    """
+
+    def __init__(self, states: Mapping[Any, dict[str, Any]], grad_scaler: Any) -> None:
+        self.statistics: dict[Block, Statistics] = {}
+        self.heard: set[Block] = set()
+        self.collecting = True
+        self.grad_scaler = grad_scaler
+        self.states = states
+        self.ddp = DDPDetector()
+        self.block_of: dict[nn.Module, Block] = {}
+        self.divided = False
+        self._cleared: dict[Block, Statistics] = {}
+        self._attempt: dict[Block, int] = {}
+        self._overflowed: set[Block] = set()
+        self._told = False
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles)
+
+    def watch(self, blocks: Iterable[Block], params: Iterable[Tensor]) -> None:
+        """Look up once which layers hand over rows, and hook them; hooks that do nothing are taken off."""
+        blocks = [b for b in blocks if b.active and b.rule.needs_rows]
+        self.block_of = {layer: block for block in blocks for layer in block.modules}
+        self.ddp.params = {p for p in params if p.requires_grad}
+        for layer in self.block_of:
+            hooks = torch_private.forward_hooks(layer)
+            for key in [k for k, hook in hooks.items() if _sleeps(hook)]:
+                del hooks[key]
+            if not any(isinstance(h, Watch) and h.collector() is self for h in hooks.values()):
+                self._handles.append(
+                    layer.register_forward_hook(Watch(self), with_kwargs=True, prepend=True)
+                )
+
+    def due(self, layer: nn.Module) -> Block | None:
+        """The layer's block if its factors are updated in the next step, and are here to gather with."""
+        block = self.block_of.get(layer)
+        if block is None:
+            return None
+        state = self.states.get(block.weight, {})
+        return block if is_due(block.group, state) and self.ready(block, state) else None
+
+    def ready(self, block: Block, state: Mapping[str, Any]) -> bool:
+        """Whether every process has what gathering needs: all say the same.
+
+        It lacks only where T was changed after the end of the last step.
+        """
+        here = not self.divided or not block.rule.gathers_with or state.get("last_update", -1) < 0
+        return here or bool(block.factors.handed) or block.rule.gathers_with[0] in state
+
+    @torch.no_grad()
+    def gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
+        """Add the statistics of one backward through one layer, with its input x and output gradient g."""
+        if not self.collecting or self.due(layer) is None:  # (a step came between forward and backward)
+            return
+        group, kind = block.group, block.kind
+        with without_autocast(g.device):
+            if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+                scale = self.grad_scaler.scale(torch.ones((), device=g.device))
+                g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
+            factors = self._factors(block)
+            dtypes = {block.rule.keeps.get(name, name): A.dtype for name, A in factors.items()}
+            batch, shared = kind.positions(layer, x, g)
+            terms = {None: 1, "batch": batch, "batch+sequence": batch * shared}
+            a = kind.input_rows(
+                layer,
+                x,
+                approx=group["kfac_approx"],
+                bias=block.bias is not None,
+                dtype=dtypes[INPUT],
+                output_shape=g.shape,
+            )
+            b = kind.grad_rows(layer, g, x, approx=group["kfac_approx"], dtype=dtypes[OUTPUT])
+            new = gathered(block.rule, factors, a, b, terms[group["loss_average"]], group)
+        new.backward = torch_private.backward_number()
+        torch_private.after_backward(lambda: setattr(new, "over", True))
+        old = self.statistics.get(block)
+        self.heard.add(block)
+        # gradients that were cleared (by the model's zero_grad) took their statistics with them
+        # (a weight may have been replaced in the model, or be computed from the parameter)
+        param = layer.weight if isinstance(layer.weight, nn.Parameter) else block.weight
+        cleared = param.grad is None and not hasattr(block.weight, "full_tensor")
+        stale = cleared and old is not None and old.over and old.backward < new.backward
+        self.statistics[block] = new if old is None or stale else old + new
+
+    def _factors(self, block: Block) -> dict[str, StructuredMatrix]:
+        """What the rule gathers with, in a dtype for sums; the identities where it needs nothing else."""
+        state, names = self.states.get(block.weight, {}), block.rule.gathers_with
+        block.blueprints()
+        if names and (names[0] in state or block.factors.handed):
+            found = block.factors.read(state, names, block.weight.device)
+        else:
+            found = {side: block.identity(side) for side in (INPUT, OUTPUT)}
+            if names:
+                start = block.rule.start(found)
+                found = {name: start[name] for name in names}
+        return {name: A.to(dtype=accumulation_dtype(A.dtype)) for name, A in found.items()}
+
+    def clear(self) -> None:
+        """Forget the statistics with the gradients (but `collect(False)` brings them back)."""
+        self._cleared = self.statistics or self._cleared
+        self.statistics = {}
+        self._attempt = {}
+        self.ddp.clear()
+
+    def collect(self, enabled: bool) -> None:
+        """Whether backward passes add from now on; what the last `clear` took comes back where they don't."""
+        self.collecting = enabled
+        if not enabled and not self.statistics:
+            self.statistics, self._cleared = self._cleared, {}
+
+    def lost(self, sampled: bool) -> bool:
+        """Whether statistics on sampled labels were cleared, and others came in their place; true only once."""
+        found = sampled and bool(self._cleared) and bool(self.statistics) and not self._told
+        self._told |= found
+        return found
+
+    def advanced(self, block: Block, step: int) -> bool:
+        """Whether a block at this step has taken part already in a step that failed later, and is tried again."""
+        return self._attempt.setdefault(block, step) != step
+
+    def finish(self) -> None:
+        """A step has ended: its statistics are used up."""
+        self.clear()
+        self._cleared = {}
+
+    def miss(self, block: Block) -> None:
+        """Warn once of a block that has a gradient, but no statistics."""
+        grad = block.weight.grad
+        if block not in self.heard and grad is not None and bool(grad.any()):
+            self.heard.add(block)
+            warnings.warn(
+                f"Layer {block.name!r} has a gradient but its forward and backward were not seen, so its "
+                "factors stay as they are; build SINGD before the first call of a compiled model, call the "
+                "layer itself, and let backward() fill in the gradients.",
+                stacklevel=5,
+            )
+
+    def warn_of_overflow(self, block: Block) -> None:
+        """Warn once of a block whose factors would not have been finite."""
+        if block not in self._overflowed:
+            self._overflowed.add(block)
+            warnings.warn(
+                f"The factors of layer {block.name!r} would not be finite after this update, so they stay as they "
+                'are; take normalize_lr_cov="spectral", a smaller lr_cov or wider factors (preconditioner_dtype).',
+                stacklevel=5,
+            )
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        self.block_of = {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class Watch:
+    """The forward hook on one layer.
+
+    It holds the collector weakly: a model outlives its optimizer, and can be copied (as weight averaging does) or
+    pickled without it. A copy's hook does nothing, and is taken off when a copied optimizer hooks the layer.
+    """
+
+    def __init__(self, collector: Collector):
+        self.collector = weakref.ref(collector)
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")  # takes any arguments, returns None, needs no singd
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return nullcontext().__exit__
+
+    @torch.compiler.disable
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        collector = self.collector()
+        if collector is None or not torch.is_grad_enabled():
+            return
+        collector.ddp.saw_forward()
+        block = collector.due(layer)
+        weight = cast(Tensor, layer.weight)
+        if (
+            block is None
+            or not output.requires_grad
+            or not weight.requires_grad
+            or torch_private.in_functorch()
+        ):
+            return
+        x = block.kind.input(args, kwargs)
+        if x.is_floating_point():
+            # Under autocast the output is of a lower precision, and so is the input that the layer saw: a copy of
+            # that is smaller, and unharmed if x changes in place.
+            x = x.to(output.dtype)
+        kept = torch_private.KeptInput(x)
+        node = torch_private.accumulator(weight)
+
+        def hook(g: Tensor) -> None:
+            now: Any = layer.weight
+            adds = node
+            # torch.func.functional_call lends a layer other weights for the time of a forward
+            borrowed = weight.is_leaf and weight is not now
+            if hasattr(now, "full_tensor"):  # FSDP will gather the forward's weight again
+                borrowed = False
+            if hasattr(weight, "full_tensor"):  # FSDP gathers the weight only now
+                borrowed, adds = False, torch_private.accumulator(now)
+            if not borrowed and not kept.released and torch_private.runs(adds):
+                collector.gather(block, layer, kept(), g.detach())
+            kept.release()
+
+        output.register_hook(hook)
+
+
+def _sleeps(hook: Any) -> bool:
+    """Whether a hook is what a copy of ours became."""
+    return isinstance(hook, types.MethodType) and isinstance(hook.__self__, nullcontext)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

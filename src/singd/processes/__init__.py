@@ -1,0 +1,1 @@
+"""What several processes exchange: statistics, gradients, and the factors that one of them keeps for all."""

@@ -1,0 +1,6 @@
+"""What an optimizer and its matrices tell about themselves."""
+
+from singd.report.stats import stats
+from singd.report.table import html_table, rows, table
+
+__all__ = ["html_table", "rows", "stats", "table"]

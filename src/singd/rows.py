@@ -1,0 +1,1 @@
+from singd.layers.rows import DenseRows, Narrowed, Rows, WithOnes  # interim

@@ -1,0 +1,59 @@
+r"""SINGD's step with the curvature of the gradient itself: inverse- and root-free Shampoo.
+
+With :math:`U = dW^\top C C^\top dW / d_o` in the place of :math:`\operatorname{tr}(C^\top G C) U`, and its mirror image.
+No layer is hooked, so that any matrix can be preconditioned, and gradients that are averaged over micro-batches and
+processes give statistics that are averaged already.
+
+Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, appendix on Shampoo; Gupta et al.,
+"Shampoo: Preconditioned stochastic tensor optimization", ICML 2018, arXiv:1802.09568, for the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from singd.rules.base import Curvature, Factors, rows_of
+from singd.rules.singd import Singd
+from singd.structures import StructuredMatrix
+
+
+class Shampoo(Singd):
+    """SINGD on the gradient's own second moments, without rows."""
+
+    name = "shampoo"
+    needs_rows = False
+    gathers_with = ()
+
+    def gradient_curvature(self, factors: Factors, dW: Tensor) -> Curvature:
+        """P(K^T dW^T C C^T dW K) / d_o and P(C^T dW K K^T dW^T C) / d_i; u g is the mean square of dW."""
+        K, C = factors["K"], factors["C"]
+        d_o, d_i = dW.shape
+        left = C.tmm(dW.to(C.dtype)).to(K.dtype)  # C^T dW, d_o rows for K
+        right = K.tmm(dW.mT.to(K.dtype)).to(C.dtype)  # K^T dW^T, d_i rows for C
+        H_K = K.project_congruence(rows_of(left)).mul_(1 / d_o)
+        H_C = C.project_congruence(rows_of(right)).mul_(1 / d_i)
+        return Curvature(H_K, H_C, dW.float().square().mean(), 1.0)
+
+    def momenta(
+        self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]
+    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+        r"""As SINGD's, where H_K holds the other factor's trace already:
+
+        .. math:: m_K \leftarrow \alpha_1 m_K + \tfrac12 [H_K + \lambda \operatorname{tr}(C^\top C) P(K^\top K) - I]
+        """
+        K, C, m_K, m_C, H_K, H_C = factors
+        alpha1 = options["alpha1"]
+        half = 0.5 * (1 - alpha1) if options["normalize_lr_cov"] else 0.5
+        KK, CC = K.gram(), C.gram()
+        new_m_K = (m_K * alpha1).add_(H_K, half).add_(KK, half * damping * CC.average_trace())
+        new_m_C = (m_C * alpha1).add_(H_C, half).add_(CC, half * damping * KK.average_trace())
+        return new_m_K.add_identity_(-half), new_m_C.add_identity_(-half)
+
+    def scaled_curvature(
+        self, H_K: StructuredMatrix, H_C: StructuredMatrix, k: Any, c: Any
+    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+        """Each holds both factors, twice."""
+        return H_K * (k * k * c * c), H_C * (k * k * c * c)

@@ -1,0 +1,135 @@
+"""All of torch that has a leading underscore, or one name in some versions and another in others.
+
+Each function has a fallback, or says what is missing. Seen in torch 2.4 and 2.13.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def backward_number() -> int:
+    """A number of the running backward pass, larger in later ones (also in one that runs inside another); else -1."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function once the running backward pass has ended well. Without the queue: never."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if engine is not None:
+        engine.queue_callback(function)
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward was asked to retain the graph; true where torch (2.4) does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+def accumulator(param: Tensor) -> Any:
+    """The autograd node that adds to ``param.grad``; None for a tensor that is not a leaf."""
+    return torch.autograd.graph.get_gradient_edge(param).node if param.is_leaf else None
+
+
+def runs(node: Any) -> bool:
+    """Whether the running backward adds to a weight's gradient; ``torch.autograd.grad`` does not."""
+    if node is None:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch refuses the question where grad() was asked for this very leaf
+        return False
+
+
+def in_functorch() -> bool:
+    """Whether ``torch.func`` transforms the running code."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class KeptInput:
+    """A layer's input from its forward to its backward, and no longer than autograd keeps its own.
+
+    A product of no numbers: autograd saves x for the other factor's gradient, as a layer would, so that activation
+    checkpointing and offloading apply to it too.
+
+    Args:
+        x: The input.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        nothing = torch.empty(0, device=x.device, requires_grad=True)
+        self._node: Any = (x.detach()[..., None] * nothing).grad_fn
+
+    def __call__(self) -> Tensor:
+        return self._node._saved_self[..., 0]
+
+    def release(self) -> None:
+        """Drop the input, unless the running backward was asked to retain the graph."""
+        if not graph_is_kept():
+            self._node = None
+
+    @property
+    def released(self) -> bool:
+        return self._node is None
+
+
+def running_ddp() -> Any:
+    """The DistributedDataParallel whose forward runs; None where torch does not tell."""
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def scaler_of_this_step(scaler: Any, optimizer: Any) -> bool | None:
+    """Whether a gradient scaler looked at this optimizer's gradients since its last update; None if unknown."""
+    states = getattr(scaler, "_per_optimizer_states", None)
+    if states is None:
+        return None
+    mine = states.get(id(optimizer))
+    return bool(mine and mine["found_inf_per_device"])
+
+
+def caller() -> Any:
+    """The object whose method reads a property of ours, two frames up."""
+    return sys._getframe(2).f_locals.get("self")
+
+
+def parameters_by_attribute(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters, by attribute (not what a parametrization computes)."""
+    return module._parameters
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """A module's forward hooks by their id, to be looked through."""
+    return module._forward_hooks
+
+
+def uncompiled(model: nn.Module) -> nn.Module | None:
+    """The module that torch.compile wrapped, or None."""
+    return getattr(model, "_orig_mod", None)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, or the tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; zero where nobody counts (inference mode)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def all_gather(output: Tensor, mine: Tensor, **kw: Any) -> Any:
+    """``all_gather_single``, as it is called since torch 2.13, or ``all_gather_into_tensor`` before."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(output, mine, **kw)
+
+
+def reduce_scatter(output: Tensor, everything: Tensor, **kw: Any) -> Any:
+    """``reduce_scatter_single``, as it is called since torch 2.13, or ``reduce_scatter_tensor`` before."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(output, everything, **kw)
