@@ -156,8 +156,8 @@ def fit(model, optimizer, steps=STEPS):
 ours, theirs = autoencoder().double(), autoencoder().double()
 options = dict(lr=LR["KFAC"], damping=DAMPING, lr_cov=0.05, T=5)
 fit(ours, KFAC(ours, **options), steps=20)
-rule = {**PUBLISHED, **options, "momentum": 0.9, "loss_average": "batch"}
-fit(theirs, SINGD(theirs, rule="kfac", **rule), steps=20)
+published = {**PUBLISHED, "rule": "kfac", **options}
+fit(theirs, SINGD(theirs, **published), steps=20)
 for p, q in zip(ours.parameters(), theirs.parameters()):
     torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 print("thirty lines and the library agree")

@@ -93,8 +93,9 @@ def ikfac(K, U, beta, damping=DAMPING):
 # only the factors move.
 
 layer = nn.Linear(64, 10)
-rule = {**PUBLISHED, "lr": 0.0, "damping": DAMPING, "T": 1, "lr_cov": 0.1}
-optimizer = SINGD(layer, rule="ikfac", **rule)
+options = {**PUBLISHED, "rule": "ikfac", "damping": DAMPING}
+options |= {"lr": 0.0, "T": 1, "lr_cov": 0.1}
+optimizer = SINGD(layer, **options)
 K = I
 for batch in torch.arange(20 * 64).split(64):
     nn.functional.cross_entropy(layer(pixels[batch]), labels[batch]).backward()

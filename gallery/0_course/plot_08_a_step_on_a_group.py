@@ -222,8 +222,8 @@ ax.legend()
 # SINGD. We ask autograd, and the library.
 
 layer, d_o = nn.Linear(64, 10), 10
-rule = {**PUBLISHED, "lr": 0.0, "damping": 0.1, "alpha1": 0.0, "T": 1}
-optimizer = SINGD(layer, rule="singd", **rule)
+options = {**PUBLISHED, "rule": "singd", "lr": 0.0, "damping": 0.1}
+optimizer = SINGD(layer, **options)
 output = layer(x)
 loss = nn.functional.cross_entropy(output, torch.tensor(digits.target))
 g = len(x) * torch.autograd.grad(loss, output, retain_graph=True)[0]

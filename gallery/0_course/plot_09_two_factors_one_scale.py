@@ -62,6 +62,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from singd import PUBLISHED, SINGD
+from singd.rules import Kfac
 
 LAMBDA, BETA_1 = 1e-3, 0.25
 STYLE = {
@@ -237,9 +238,9 @@ torch.testing.assert_close(P_K, inverse(fixed), rtol=1e-6, atol=1e-6)
 def train(rule, unit, steps=150):
     layer = nn.Linear(64, 10, bias=False)
     nn.init.zeros_(layer.weight)
-    options = {**PUBLISHED, "damping": LAMBDA, "T": 1, "lr_cov": 0.02}
-    options |= {"lr": 0.005 / unit, "momentum": 0.9}
-    optimizer = SINGD(layer, rule=rule, **options)
+    options = {**PUBLISHED, "rule": rule, "damping": LAMBDA, "T": 1}
+    options |= {"lr": 0.005 / unit, "lr_cov": 0.02}
+    optimizer = SINGD(layer, **options)
     losses = []
     for i in range(steps):
         batch = torch.arange(50 * i, 50 * i + 50) % 1797
@@ -264,7 +265,13 @@ for ax, (name, rule) in zip(axes, RULES.items()):
     ax.legend()
 _ = axes[0].set_ylabel("training loss")
 
+for rule, invariant in (("kfac", True), (Kfac(pi=False), False)):
+    here, there = train(rule, 1.0), train(rule, 3.0)
+    assert torch.allclose(here, there, rtol=1e-6) == invariant
+
 # %%
+# KFAC passes as well, and ``Kfac(pi=False)`` does not.
+#
 # When not to use this
 # --------------------
 #
@@ -291,7 +298,7 @@ _ = axes[0].set_ylabel("training loss")
 #
 #    .. code-block:: python
 #
-#        LAMBDA = 1e-12
+#        LAMBDA = 1e-14
 #        products = [a * b for a, b in (m(eye(1), 0.01 * eye(1))
 #                                       for m in METHODS.values())]
 #        assert max(abs(p / 100 - 1) for p in products) < 1e-4
