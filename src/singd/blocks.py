@@ -172,8 +172,6 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
         reason = kind.supports(module)
         if reason is None and not weight.is_floating_point():
             reason = f"its weight is {weight.dtype}"
-        if reason is None and weight.numel() == 0:
-            reason = "its weight has no numbers"
         if reason is not None:
             reasons.update({p: reason for p in (weight, bias) if p is not None})
             continue

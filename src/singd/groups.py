@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from singd.rules import Rule, find_rule
-from singd.structures import Structure, structure
+from singd.structures import StructureSpec, structure
 
 FORMAT = 2  # of a checkpoint; raised when an older version could not read a newer one's
 
@@ -94,7 +94,7 @@ def dtypes(preconditioner_dtype: Any) -> tuple[torch.dtype | None, torch.dtype |
     return pair
 
 
-def resolve(structures: Any) -> tuple[Structure, Structure]:
+def resolve(structures: Any) -> tuple[StructureSpec, StructureSpec]:
     """``structures`` as a pair for K and C.
 
     Raises:

@@ -84,7 +84,7 @@ class Collector:
         It lacks only where T was changed after the end of the last step.
         """
         here = not self.divided or not block.rule.gathers_with or state.get("last_update", -1) < 0
-        return here or bool(block.factors.handed) or block.rule.gathers_with[0] in state
+        return here or block.factors.handed is not None
 
     @torch.no_grad()
     def gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:

@@ -252,8 +252,12 @@ class SINGD(torch.optim.Optimizer):
             if block.active and block.weight in self._group_of:
                 block.group = self._group_of[block.weight]
         self._collector.states = self.state
-        self._collector.divided = self._ownership.divided
         self._collector.watch(self._blocks, self._group_of)
+
+    def _assign(self) -> None:
+        """Give owners to new blocks."""
+        self._ownership.assign(self._blocks)
+        self._collector.divided = self._ownership.divided
 
     @property
     def _active(self) -> dict[nn.Parameter, Block]:
@@ -339,7 +343,7 @@ class SINGD(torch.optim.Optimizer):
         lr_covs = self._lr_covs()
         fresh = not (self.state or self._collector.heard)
         rehearsal = checkpoint.is_rehearsal(self.param_groups, fresh)
-        self._ownership.assign(self._blocks)
+        self._assign()
         statistics = self._collector.statistics
         if collectives.world_size() > 1 and not rehearsal:
             statistics = self._exchange(lr_covs)
@@ -381,14 +385,20 @@ class SINGD(torch.optim.Optimizer):
 
     def _exchange(self, due: Iterable[Block]) -> dict[Block, Any]:
         """The same gradients on all processes, if nobody averages them; and the sums of their statistics."""
+        to_average: list[nn.Parameter] = []
         if self.average_gradients is not False:  # (of sharded parameters, FSDP has)
             params = [p for p in self._group_of if p.requires_grad and not hasattr(p, "full_tensor")]
             always = self.average_gradients is True
-            if exchange.average(params, self._collector.ddp, always):
-                scaler.check_averaging(self.grad_scaler)
+            to_average = exchange.to_average(params, self._collector.ddp, always)
+        if to_average:
+            scaler.check_averaging(self.grad_scaler)
+        for p in to_average:  # what one rank has used, all step
+            p.grad = gradient_of(p)
         blocks = [b for b in due if b.used and b.rule.needs_rows]
         owners = [self._ownership.owner[b] for b in blocks] if self._ownership.divided else None
-        return exchange.reduced(blocks, self._collector.statistics, owners)
+        sums = exchange.Reduction(blocks, self._collector.statistics, owners)
+        exchange.average_gradients(to_average)  # while the sums are on their way
+        return sums.finish()
 
     def _advance(
         self, block: Block, lr_cov: float | None, statistics: Mapping[Block, Any]
@@ -523,7 +533,7 @@ class SINGD(torch.optim.Optimizer):
             self._index()
             checkpoint.restore(self.param_groups, self._active, self.state, loaded)
             self._collector.clear()
-            self._ownership.assign(self._blocks)
+            self._assign()
             self._ownership.keep_own(self._blocks, self.state)
 
         handles = [

@@ -29,14 +29,15 @@ class FactorState:
         key: What the blueprints were made for.
         blueprints: What is kept, by name, without numbers.
         identity: Of each side, without numbers.
-        handed: What another process keeps, for gathering statistics for the update that is due; else empty.
+        handed: What another process keeps, for gathering statistics for the update that is due; empty where it is
+            kept here, None before it was handed out.
     """
 
     def __init__(self) -> None:
         self.key: Any = None
         self.blueprints: dict[str, StructuredMatrix] = {}
         self.identity: dict[str, StructuredMatrix] = {}
-        self.handed: dict[str, Tensor] = {}
+        self.handed: dict[str, Tensor] | None = None
         self._views: dict[str, tuple[Tensor, StructuredMatrix]] = {}
         self._prepared: tuple[Any, Any] = (None, None)
 
@@ -61,7 +62,7 @@ class FactorState:
         """Views on the numbers in the state, which follow the weight to its device, or on those handed out."""
         found = {}
         for name in names:
-            source = state if name in state else self.handed
+            source = state if name in state else self.handed or {}
             if source[name].device != device:  # the model was moved
                 source[name] = source[name].to(device)
             flat, known = self._views.get(name, (None, None))

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from singd.rules.base import Curvature, Factors, rows_of
+from singd.rows import DenseRows
+from singd.rules.base import Curvature, Factors
 from singd.rules.singd import Singd
 from singd.structures import StructuredMatrix
 
@@ -33,8 +34,8 @@ class Shampoo(Singd):
         d_o, d_i = dW.shape
         left = C.tmm(dW.to(C.dtype)).to(K.dtype)  # C^T dW, d_o rows for K
         right = K.tmm(dW.mT.to(K.dtype)).to(C.dtype)  # K^T dW^T, d_i rows for C
-        H_K = K.project_congruence(rows_of(left)).mul_(1 / d_o)
-        H_C = C.project_congruence(rows_of(right)).mul_(1 / d_i)
+        H_K = K.project_congruence(DenseRows(left)).mul_(1 / d_o)
+        H_C = C.project_congruence(DenseRows(right)).mul_(1 / d_i)
         return Curvature(H_K, H_C, dW.float().square().mean(), 1.0)
 
     def momenta(
