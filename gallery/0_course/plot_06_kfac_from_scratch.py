@@ -297,8 +297,9 @@ assert (small < limits).sum() >= 6
 #
 #        torch.manual_seed(0)
 #        G, U, N = torch.randn(3, 3), torch.randn(4, 4), torch.randn(3, 4)
-#        FN = torch.kron(G, U.T) @ N.flatten()
-#        torch.testing.assert_close(FN.view(3, 4), G @ N @ U)
+#        U = U + U.T  # as U is symmetric in KFAC
+#        FN = torch.kron(G, U) @ N.flatten()
+#        torch.testing.assert_close(FN.reshape(3, 4), G @ N @ U)
 #
 # .. admonition:: Exercise
 #

@@ -164,7 +164,7 @@ for M in (b * m for b in sizes):
     errors[2].append((I - M + M @ M / 2 - exact).norm())
 
 fig, ax = plt.subplots(figsize=(6, 3.6))
-for order, color in ((1, "C9"), (2, "C4")):
+for order, color in ((1, "C9"), (2, "C5")):
     y = torch.stack(errors[order])
     slope = (y[-1] / y[0]).log() / (sizes[-1] / sizes[0]).log()
     label = f"{order + 1} terms: slope {slope:.1f}"
