@@ -25,7 +25,7 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _dense(t: Tensor, upper: bool) -> Tensor:
-    """The Toeplitz matrix with t, [n], as its first row (its first column, if not ``upper``) and zeros beside it."""
+    """The Toeplitz matrix with t, [n], as its first row (column, if not ``upper``) and zeros elsewhere."""
     padded = torch.cat([t.new_zeros(len(t) - 1), t])
     matrix = padded.unfold(0, len(t), 1).flip(0)
     return matrix if upper else matrix.T

@@ -1,7 +1,7 @@
 """The seam: what a rule is. Layers give rows, structures hold factors, a rule moves them.
 
-A rule is pure mathematics: structured matrices and options in, structured matrices out. Where its factors are stored,
-how they come into checkpoints, and what processes exchange follows from what it says that it keeps.
+A rule is pure mathematics: structured matrices and options in, structured matrices out. Where its factors are
+stored, how they come into checkpoints, and what processes exchange follows from what it says that it keeps.
 """
 
 from __future__ import annotations

@@ -273,7 +273,12 @@ class StructuredMatrix(ABC):
         tiny = torch.finfo(A.dtype).tiny
         # cosines of angles that grow quadratically: no two entries and no two vectors are alike
         steps = torch.arange(1, self.n + 1, dtype=torch.float64, device=self.device)[:, None]
-        angles = steps * steps * torch.arange(1, 5, dtype=torch.float64, device=self.device) * 0.6180339887
+        angles = (
+            steps
+            * steps
+            * torch.arange(1, 5, dtype=torch.float64, device=self.device)
+            * 0.6180339887
+        )
         X = angles.cos().to(A.dtype)
         growth = X.new_zeros(X.shape[1])
         for _ in range(max(1, products // 2)):
@@ -352,7 +357,9 @@ class StructuredMatrix(ABC):
     def _repr_html_(self) -> str:
         index, columns = picture.sampled(self.n)
         entries = self.mm(columns.to(dtype=self.dtype, device=self.device))[index.to(self.device)]
-        words = f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
+        words = (
+            f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
+        )
         numbers = f"{self.numel:,} numbers, {self.numel / max(1, self.n) ** 2:.1%} of dense"
         return picture.html_picture(entries, words, numbers)
 

@@ -156,7 +156,9 @@ class Bordered(StructuredMatrix):
         return self._member(self.d.square(), self.mm(self._rows().T).T)
 
     def preconditioner(self) -> Preconditioner:
-        N = self.mm(self._rows().T).T  # the rows of K K^T, whose others are diagonal but for their transposes
+        N = self.mm(
+            self._rows().T
+        ).T  # the rows of K K^T, whose others are diagonal but for their transposes
         d, k, end = pad(self.d.square(), (self.first, self.last))[:, None], self.first, self._end
 
         def multiply_(X: Tensor) -> Tensor:
@@ -253,7 +255,12 @@ def from_recursive_layout(like: StructuredMatrix, flat: Tensor) -> Tensor:
         stored = [A for A in inner if isinstance(A, StructuredMatrix | Tensor)]
         sizes = [A.numel if isinstance(A, StructuredMatrix) else A.numel() for A in stored]
         parts = zip(stored, flat.split_with_sizes(sizes), strict=True)
-        return torch.cat([from_recursive_layout(A, p) if isinstance(A, StructuredMatrix) else p for A, p in parts])
+        return torch.cat(
+            [
+                from_recursive_layout(A, p) if isinstance(A, StructuredMatrix) else p
+                for A, p in parts
+            ]
+        )
     n, k, l = like.size, like.first, like.last
     middle = n - k - l
     sizes = [k * k, k * (n - k), middle, middle * l, l * l]
