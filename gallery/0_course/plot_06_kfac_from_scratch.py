@@ -1,5 +1,5 @@
 r"""
-Lesson 6. Does it train? KFAC in thirty lines
+Lesson 6: Does it train? KFAC in thirty lines
 =============================================
 
 So far we had matrices on paper. Now they train a network: a deep autoencoder,
@@ -12,7 +12,8 @@ set it beside AdamW, and store its matrices in bfloat16.
    - **Write** it in thirty lines, and check them against ``rule="kfac"``.
    - **Judge** it per step, per second and in bfloat16.
 
-   You should know a layer's :math:`U` and :math:`G`, and what damping does.
+   You need :ref:`sphx_glr_auto_gallery_0_course_plot_03_kronecker.py` and
+   :ref:`sphx_glr_auto_gallery_0_course_plot_05_damping.py`.
 
 The derivation
 --------------
@@ -303,12 +304,12 @@ assert (small < limits).sum() >= 6
 #
 # .. admonition:: Exercise
 #
-#    Train KFAC with ``DAMPING = 1e-4``, in float32. What happens to the error?
+#    Train KFAC with :math:`\lambda = 10^{-4}`, in float32. Does its error end
+#    above or below that of the mean image?
 #
 # .. dropdown:: Solution
 #
-#    The steps are far too long. The error ends above the 4.7 that the mean
-#    image has.
+#    Above: the steps are far too long.
 #
 #    .. code-block:: python
 #

@@ -1,5 +1,5 @@
 r"""
-Lesson 7. How can products invert a matrix?
+Lesson 7: How can products invert a matrix?
 ===========================================
 
 KFAC inverts. Inverting is slow on accelerators and delicate in half
@@ -184,7 +184,7 @@ fig, ax = plt.subplots(figsize=(6, 3.6))
 ax.semilogy(torch.stack(paths), "C0", alpha=0.3, linewidth=1)
 ax.axhline(1, color="k", linestyle=":")
 ax.set(xlabel="update", ylabel="eigenvalues of KᵀAK")
-ax.set_title("A dozen updates invert a 65 x 65 matrix")
+_ = ax.set_title("A dozen updates invert a 65 x 65 matrix")
 
 # sphinx_gallery_start_ignore
 q = torch.stack(paths)
@@ -241,7 +241,7 @@ for scale, x in ((1, 0.002), (16, 0.08)):
     ax.text(x, 1.2 * s, f"digits, pixels up to {scale}")
 ax.set(xlabel=r"$\beta_1$", ylabel="curvature s")
 ax.set(xlim=(1e-3, 1), ylim=(0.1, 1e4))
-ax.set_title("Scale the inputs, or start with small steps")
+_ = ax.set_title("Scale the inputs, or start with small steps")
 
 # sphinx_gallery_start_ignore
 assert 11 < torch.linalg.eigvalsh(second_moment(pixels))[-1] < 12
@@ -270,7 +270,8 @@ assert 2600 < s < 2800
 #
 # .. admonition:: Exercise
 #
-#    Start at :math:`s = 1 + 2 / \beta_1`. What happens, and what would you do?
+#    Start at :math:`s = 1 + 2 / \beta_1` and :math:`k = 1`. What is :math:`k`
+#    after the first step, and what would you do?
 #
 # .. dropdown:: Solution
 #
@@ -285,8 +286,8 @@ assert 2600 < s < 2800
 #
 # .. admonition:: Exercise
 #
-#    Which term of order :math:`\beta_1^2` has to be
-#    added to :math:`I - \beta_1 m_K`, so that slope 2 becomes slope 3?
+#    Which term :math:`c \, \beta_1^2 m_K^2` has to be added to
+#    :math:`I - \beta_1 m_K`, so that slope 2 becomes slope 3?
 #
 # .. dropdown:: Solution
 #

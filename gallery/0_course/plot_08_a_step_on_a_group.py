@@ -1,5 +1,5 @@
 r"""
-Lesson 8. Why is the step on K a product?
+Lesson 8: Why is the step on K a product?
 =========================================
 
 The last lesson found :math:`K \leftarrow K - \beta_1 K m_K` by a Taylor
@@ -110,7 +110,7 @@ for name, step in STEPS.items():
 ax.plot(1 / 0.4, 1 / 5, "k*", markersize=12, label="the best P")
 ax.set(xlabel="first eigenvalue of P", ylabel="second eigenvalue of P")
 ax.set_title("Products stay inside; a sum leaves at once")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # The plain step leaves with its first move. Both products walk to the best
@@ -164,7 +164,7 @@ for M in (b * m for b in sizes):
     errors[2].append((I - M + M @ M / 2 - exact).norm())
 
 fig, ax = plt.subplots(figsize=(6, 3.6))
-for order, color in ((1, "C9"), (2, "C5")):
+for order, color in ((1, "C9"), (2, "k")):
     y = torch.stack(errors[order])
     slope = (y[-1] / y[0]).log() / (sizes[-1] / sizes[0]).log()
     label = f"{order + 1} terms: slope {slope:.1f}"
@@ -172,7 +172,7 @@ for order, color in ((1, "C9"), (2, "C5")):
     assert abs(slope - (order + 1)) < 0.05
 ax.set(xlabel="β₁", ylabel="distance from the exponential")
 ax.set_title("A cut after two terms is off by the square of β₁")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # Why from the right?
@@ -208,7 +208,7 @@ ax.semilogy(gaps(I, product=False), "C7", label="gradient")
 ax.semilogy(gaps(other, product=False), "C7:", label="gradient, other units")
 ax.set(xlabel="update", ylabel="f above its minimum")
 ax.set_title("The product does not see the units")
-ax.legend()
+_ = ax.legend()
 
 # %%
 # Compare solid with dotted, not blue with grey: the two step sizes are ours.
@@ -257,7 +257,7 @@ print("the library's m_K is the gradient")
 # .. admonition:: Exercise
 #
 #    Cut after three terms. Can :math:`I - M + \tfrac12 M^2` be singular, for a
-#    symmetric :math:`M`?
+#    symmetric :math:`M`? What is the least that an eigenvalue can be?
 #
 # .. dropdown:: Solution
 #

@@ -1,5 +1,5 @@
 r"""
-Lesson 9. What does the coupling buy? Two factors, one scale
+Lesson 9: What does the coupling buy? Two factors, one scale
 ============================================================
 
 IKFAC learns :math:`K` and :math:`C` apart from each other. SINGD couples
@@ -13,7 +13,8 @@ what that is good for, and that KFAC can have half of it.
    - **Compare** four methods with the best Kronecker product.
 
    You should have read
-   :ref:`sphx_glr_auto_gallery_0_course_plot_08_a_step_on_a_group.py`.
+   :ref:`sphx_glr_auto_gallery_0_course_plot_07_without_an_inverse.py`, and
+   :ref:`sphx_glr_auto_gallery_0_course_plot_05_damping.py` for :math:`\pi`.
 
 A scale without meaning
 -----------------------
@@ -142,7 +143,7 @@ for name, method in METHODS.items():
     ax.plot(*points, marker=marker, ms=9, label=name, **STYLE[name])
 ax.set(xlabel="P_K", ylabel="P_C", xlim=(1e-3, 1e3), ylim=(1e-2, 1e5))
 ax.set_title("KFAC with π walks beside the line, SINGD stands on it")
-ax.legend()
+_ = ax.legend()
 
 # sphinx_gallery_start_ignore
 for name, invariant in zip(METHODS, (False, True, False, True)):
@@ -289,8 +290,8 @@ for rule, invariant in (("kfac", True), (Kfac(pi=False), False)):
 #
 # .. admonition:: Exercise
 #
-#    The last claim above: let :math:`\lambda` go to zero, for the single
-#    weight. Show that all products agree.
+#    A claim above: let :math:`\lambda` go to zero, for the single weight. What
+#    do all products become?
 #
 # .. dropdown:: Solution
 #
@@ -306,7 +307,7 @@ for rule, invariant in (("kfac", True), (Kfac(pi=False), False)):
 # .. admonition:: Exercise
 #
 #    Start SINGD from :math:`K = 3 I` and :math:`C = \tfrac13 I`. Where does
-#    the single weight end on the map?
+#    the single weight end on the map, and what is :math:`k / c` there?
 #
 # .. dropdown:: Solution
 #

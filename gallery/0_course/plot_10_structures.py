@@ -1,11 +1,10 @@
 r"""
-Lesson 10. Which sets of matrices can one stay in?
+Lesson 10: Which sets of matrices can one stay in?
 ==================================================
 
 A dense :math:`K` has as many numbers as the square of the layer's inputs. We
 want fewer. But :math:`K` is multiplied in every update. Which sets does that
-leave alone? This last lesson finds them, fits the update into them, and sees
-what they cost in bfloat16.
+leave alone? This lesson finds out, and sees what they cost in bfloat16.
 
 .. admonition:: What you will learn
 
@@ -183,7 +182,7 @@ print("ours and the library's factors agree")
 # A small network, 80 steps, with factors in float32 and in bfloat16. KFAC
 # stands beside; in bfloat16 it inverts there, too.
 
-COLOR = {"dense": "C0", "block8diagonal": "C5", "diagonal": "C9", "KFAC": "C2"}
+COLOR = {"dense": "C0", "block8diagonal": "C4", "diagonal": "C9", "KFAC": "C2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DAMPINGS = (1e-8, 1e-6, 1e-4, 1e-2)
 
@@ -252,7 +251,7 @@ for ax, column, label in zip(axes, (1, 2), ("kB kept", "CPU ms per step")):
     ax.set(xlabel=label, xlim=(0, 1.2 * max(values)))
 axes[0].invert_yaxis()
 axes[0].set_title("Structures save memory,")
-axes[1].set_title("but little time in small layers")
+_ = axes[1].set_title("but little time in small layers")
 
 # sphinx_gallery_start_ignore
 for name in COLOR:
@@ -264,7 +263,7 @@ assert kept[1] < 0.15 * kept[0]
 
 # %%
 # These are the bytes of bfloat16, half of float32's. Time hardly falls, as the
-# layers are tiny and a CPU has no fast bfloat16 products.
+# layers are tiny.
 #
 # When not to use this
 # --------------------
@@ -282,7 +281,7 @@ assert kept[1] < 0.15 * kept[0]
 # .. admonition:: Exercise
 #
 #    Symmetric matrices are closed under sums and inverses. Are they a
-#    structure?
+#    structure? If not, give two that show it.
 #
 # .. dropdown:: Solution
 #
@@ -298,7 +297,7 @@ assert kept[1] < 0.15 * kept[0]
 # .. admonition:: Exercise
 #
 #    A circulant matrix has the entry :math:`v_{(j - i) \bmod n}` at
-#    :math:`(i, j)`. Are circulant matrices a structure?
+#    :math:`(i, j)`. Are they a structure? What is the first row of a product?
 #
 # .. dropdown:: Solution
 #
