@@ -34,7 +34,11 @@ BAD = [
         "kfac_approx must be one of 'expand', 'reduce', got 'expan'.",
     ),
     (dict(kfac_like=1), TypeError, "kfac_like must be True or False, got 1."),
-    (dict(normalize_lr_cov="no"), ValueError, "normalize_lr_cov must be one of False, True, 'spectral', got 'no'."),
+    (
+        dict(normalize_lr_cov="no"),
+        ValueError,
+        "normalize_lr_cov must be one of False, True, 'spectral', got 'no'.",
+    ),
     (
         dict(structures=("dense",)),
         ValueError,
