@@ -209,7 +209,7 @@ def milliseconds(K, X):
     times = []
     for _ in range(7):
         start = time.perf_counter()
-        K.outer(X)
+        K.mm_AAt(X)
         times.append(time.perf_counter() - start)
     return 1e3 * min(times)
 

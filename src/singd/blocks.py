@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -58,6 +58,12 @@ class Block:
         """Whether it takes part in a step."""
         return self.active and any(p.grad is not None for p in self.params)
 
+    def rebind(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Take another parameter in the place of one."""
+        for name in ("weight", "bias", "own_bias"):
+            if getattr(self, name) is old:
+                setattr(self, name, new)
+
     def works_with(self, rule: Rule) -> bool:
         """Whether a rule can precondition it: without a layer that is called there are no rows."""
         return not (rule.needs_rows and isinstance(self.kind, LooseKind))
@@ -109,6 +115,32 @@ class Slot:
 
     def current(self) -> nn.Parameter | None:
         return parameters_by_attribute(self.module).get(self.attribute)
+
+
+def replaced_parameters(
+    slots: Sequence[Slot], names: Mapping[nn.Parameter, str]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """The parameters that are not in the model any more, each with the one in its place; the slots follow.
+
+    Raises:
+        RuntimeError: If a parameter that was tied is in one of its places only.
+    """
+    replacements: dict[nn.Parameter, nn.Parameter] = {}
+    moved = []
+    for slot in slots:
+        old, new = slot.param, slot.current()
+        gathered = hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")
+        if new is None or new is old or gathered:
+            continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
+        if replacements.setdefault(old, new) is not new:
+            raise RuntimeError(
+                f"The weight {names[old]!r} was tied to another one when SINGD was built and is not any more; "
+                "tie them again after load_state_dict(assign=True)."
+            )
+        moved.append((slot, new))
+    for slot, new in moved:
+        slot.param = new
+    return replacements
 
 
 def gradient_of(p: nn.Parameter) -> Tensor:
@@ -172,8 +204,6 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
         reason = kind.supports(module)
         if reason is None and not weight.is_floating_point():
             reason = f"its weight is {weight.dtype}"
-        if reason is None and weight.numel() == 0:
-            reason = "its weight has no numbers"
         if reason is not None:
             reasons.update({p: reason for p in (weight, bias) if p is not None})
             continue

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from singd import groups
 from singd.blocks import Block
+from singd.structures import from_recursive_layout
 from singd.torch_private import local_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, which may be wider than the parameter
@@ -44,8 +45,25 @@ def upgraded(
     param_groups: Sequence[Group],
     blocks: Mapping[nn.Parameter, Block],
 ) -> dict[str, Any]:
-    """A state dict of any format as one of this version's."""
-    return dict(state_dict)
+    """A state dict of any format as one of this version's.
+
+    Format 1 stored bordered factors block by block, counted no updates, and knew the published method only.
+    """
+    state = {index: dict(entry) for index, entry in state_dict["state"].items()}
+    new = {**state_dict, "state": state}
+    if [len(g["params"]) for g in state_dict["param_groups"]] != [
+        len(g["params"]) for g in param_groups
+    ]:
+        return new  # which `check` refuses
+    for p, entry, saved in pairs(param_groups, new):
+        if saved.get("format", 1) > 1 or p not in blocks or "last_update" not in entry:
+            continue
+        for name, blueprint in blocks[p].blueprints().items():
+            flat = entry.get(name)
+            if isinstance(flat, Tensor) and flat.numel() == blueprint.numel:
+                entry[name] = from_recursive_layout(blueprint, flat)
+        entry["updates"] = entry["last_update"] // saved.get("T", 1) + 1
+    return new
 
 
 def check(
@@ -90,7 +108,9 @@ def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
     values = local_part(tensor)
     if not values.is_floating_point() or values.is_meta or not bool(values.isfinite().all()):
         why = "on the meta device" if values.is_meta else f"{values.dtype} or not finite"
-        raise ValueError(f"The checkpoint's {what} is {why}; it must hold finite floating-point numbers.")
+        raise ValueError(
+            f"The checkpoint's {what} is {why}; it must hold finite floating-point numbers."
+        )
 
 
 def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
@@ -103,7 +123,8 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
     rules = block.rule.name, groups.saved_rule(saved)
     if rules[0] != rules[1]:
         raise ValueError(
-            f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has {rules[0]!r}."
+            f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has "
+            f"{rules[0]!r}."
         )
     for name, blueprint in block.blueprints().items() if state else ():
         flat = state.get(name)
@@ -118,9 +139,9 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
 def complete(param_groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict for torch to load.
 
-    With the options that it does not hold: callables and structures with code of their own are this optimizer's, and
-    what an older version did not know has its published meaning. With copies of its tensors, because torch would go on
-    training in those of the caller.
+    With the options that it does not hold: callables and structures with code of their own are this
+    optimizer's, and what an older version did not know has its published meaning. With copies of its tensors,
+    because torch would go on training in those of the caller.
     """
     completed = []
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
@@ -145,9 +166,6 @@ def restore(
         for name in own:
             if name in saved:
                 states[p][name] = saved[name].to(p.device, copy=True)
-        if "last_update" in saved and "updates" not in saved:  # of format 1
-            every = blocks[p].group["T"]
-            states[p]["updates"] = saved["last_update"] // every + 1 if isinstance(every, int) else 1
         if p in blocks:
             blocks[p].blueprints()
             blocks[p].factors.adopt(states.get(p, {}))

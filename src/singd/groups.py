@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from singd.rules import Rule, find_rule
-from singd.structures import Structure, structure
+from singd.structures import StructureSpec, structure
 
 FORMAT = 2  # of a checkpoint; raised when an older version could not read a newer one's
 
@@ -52,7 +52,12 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-OPTIONS = (*(name for name in PUBLISHED if name != "fallback"), "lr", "kfac_like", "preconditioner_dtype")
+OPTIONS = (
+    *(name for name in PUBLISHED if name != "fallback"),
+    "lr",
+    "kfac_like",
+    "preconditioner_dtype",
+)
 """The names of the options of a group that SINGD preconditions."""
 
 #: What torch calls the options that no group of ours knows, but that schedulers add.
@@ -94,7 +99,7 @@ def dtypes(preconditioner_dtype: Any) -> tuple[torch.dtype | None, torch.dtype |
     return pair
 
 
-def resolve(structures: Any) -> tuple[Structure, Structure]:
+def resolve(structures: Any) -> tuple[StructureSpec, StructureSpec]:
     """``structures`` as a pair for K and C.
 
     Raises:
@@ -177,7 +182,9 @@ def check_singd(group: Mapping[str, Any]) -> None:
 def _check_rule(group: Mapping[str, Any]) -> None:
     rule = find_rule(group["rule"])
     if group["kfac_like"] and rule.name not in ("singd", "ikfac"):
-        raise ValueError(f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them.")
+        raise ValueError(
+            f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
+        )
     for spec in resolve(group["structures"]):
         works_with = rule.refusal(spec(1, device="meta"))
         if works_with is not None:
@@ -217,7 +224,9 @@ def check_whole(given: Mapping[str, Any]) -> None:
     if given["average_gradients"] is not None:
         _boolean("average_gradients", given["average_gradients"])
     grad_scaler = given["grad_scaler"]
-    if grad_scaler is not None and not (hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")):
+    if grad_scaler is not None and not (
+        hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")
+    ):
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
 
 
@@ -248,7 +257,9 @@ def as_list(params: Any) -> list[Any]:
         TypeError: For a set, whose order differs from run to run.
     """
     if isinstance(params, (set, frozenset)):
-        raise TypeError("The parameters of a group must be in a fixed order, got a set; pass a list.")
+        raise TypeError(
+            "The parameters of a group must be in a fixed order, got a set; pass a list."
+        )
     return [params] if isinstance(params, Tensor) else list(params)
 
 
@@ -262,7 +273,9 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     found = params if params and isinstance(params[0], dict) else [{"params": params}]
     for group in found:
         if "params" not in group:
-            raise ValueError(f"A parameter group needs 'params', got only {', '.join(map(repr, group))}.")
+            raise ValueError(
+                f"A parameter group needs 'params', got only {', '.join(map(repr, group))}."
+            )
     return [{**g, "params": as_list(g["params"])} for g in found]
 
 

@@ -1,8 +1,8 @@
 """The one home of a layer's factors: flat numbers in the optimizer's state, and what is formed from them.
 
-torch's state holds tensors, so that checkpoints and their hooks see all there is: ``state[weight]["K"]`` is a vector of the
-numbers that K stores. Here are the views on them as structured matrices, the products that are kept between updates,
-and with ``shard_factors`` what another process handed out.
+torch's state holds tensors, so that checkpoints and their hooks see all there is: ``state[weight]["K"]`` is a
+vector of the numbers that K stores. Here are the views on them as structured matrices, the products that are
+kept between updates, and with ``shard_factors`` what another process handed out.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ class FactorState:
 
     Attributes:
         key: What the blueprints were made for.
+        started: Whether there are numbers in the state.
         blueprints: What is kept, by name, without numbers.
         identity: Of each side, without numbers.
-        handed: What another process keeps, for gathering statistics for the update that is due; else empty.
+        handed: What another process keeps, for gathering statistics for the update that is due; empty where it is
+            kept here, None before it was handed out.
     """
 
     def __init__(self) -> None:
         self.key: Any = None
+        self.started = False
         self.blueprints: dict[str, StructuredMatrix] = {}
         self.identity: dict[str, StructuredMatrix] = {}
-        self.handed: dict[str, Tensor] = {}
+        self.handed: dict[str, Tensor] | None = None
         self._views: dict[str, tuple[Tensor, StructuredMatrix]] = {}
         self._prepared: tuple[Any, Any] = (None, None)
 
@@ -54,6 +57,7 @@ class FactorState:
             if name in state:
                 self.blueprints[name] = A.to(dtype=state[name].dtype)
         self._views, self._prepared = {}, (None, None)
+        self.started = "step" in state
 
     def read(
         self, state: dict[str, Any], names: Any, device: torch.device
@@ -61,7 +65,7 @@ class FactorState:
         """Views on the numbers in the state, which follow the weight to its device, or on those handed out."""
         found = {}
         for name in names:
-            source = state if name in state else self.handed
+            source = state if name in state else self.handed or {}
             if source[name].device != device:  # the model was moved
                 source[name] = source[name].to(device)
             flat, known = self._views.get(name, (None, None))
@@ -71,7 +75,9 @@ class FactorState:
             found[name] = known
         return found
 
-    def accumulated(self, state: dict[str, Any], device: torch.device) -> dict[str, StructuredMatrix]:
+    def accumulated(
+        self, state: dict[str, Any], device: torch.device
+    ) -> dict[str, StructuredMatrix]:
         """All factors in a dtype for arithmetic on them."""
         found = self.read(state, self.blueprints, device)
         return {name: A.to(dtype=accumulation_dtype(A.dtype)) for name, A in found.items()}
@@ -91,7 +97,9 @@ class FactorState:
         """
         rounded = {name: A.to(dtype=state[name].dtype) for name, A in new.items()}
         tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
-        sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors])
+        sums = torch.stack(
+            [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+        )
         finite = sums.isfinite().all()
         if finite.device.type == "cpu":
             return rounded if finite and bool(some) else None
@@ -100,11 +108,6 @@ class FactorState:
             name: A.map(lambda t, o: torch.where(finite & some, t, o), old[name])
             for name, A in rounded.items()
         }
-
-    def count(self, state: dict[str, Any], step: int, updated_elsewhere: bool) -> None:
-        """Count a step that does not move the factors."""
-        counters = {"last_update": step, "updates": state["updates"] + 1} if updated_elsewhere else {}
-        state.update(counters, step=step + 1)
 
     def write(
         self, state: dict[str, Any], new: Mapping[str, StructuredMatrix], **counters: int
@@ -117,6 +120,7 @@ class FactorState:
             same = numbers.data_ptr() == matrix.tensors()[0].data_ptr()
             views[name] = (numbers, matrix if same else matrix.from_flat(numbers))
         state.update(flat, **counters)
+        self.started = True
         self._views.update(views)
 
     def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
@@ -126,7 +130,9 @@ class FactorState:
             return rule.prepare(factors, keep=False)
         of = [(flat, version(flat)) for flat in (state[name] for name in self.blueprints)]
         known, value = self._prepared
-        if known is None or any(f is not g or v != w for (f, v), (g, w) in zip(known, of, strict=True)):
+        if known is None or any(
+            f is not g or v != w for (f, v), (g, w) in zip(known, of, strict=True)
+        ):
             value = rule.prepare(factors, keep=True)
             self._prepared = (of, value)
         return value

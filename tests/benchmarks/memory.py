@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workloads import Workload
 
-from singd.checkpoint import FACTORS
 
 
 class LiveBytes(TorchDispatchMode):
@@ -99,7 +98,7 @@ def layer_state(contender: Contender, workload: Workload) -> tuple[int, int, int
     training = Training(contender, workload)
     training.iterate()
     (optimizer,) = training.optimizers
-    factors = state_bytes(optimizer, "singd", FACTORS)
+    factors = state_bytes(optimizer, "singd", ("K", "C", "m_K", "m_C"))
     momenta = state_bytes(optimizer, "singd", ("momentum_buffer",))
     groups = [g for g in optimizer.param_groups if g["algorithm"] == "singd"]
     adamw = sum(2 * p.untyped_storage().nbytes() for g in groups for p in g["params"])

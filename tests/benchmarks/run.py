@@ -30,7 +30,7 @@ from torch import nn
 from workloads import SMALL, WORKLOADS
 
 import singd
-from singd.structures import Structure, registered_structures
+from singd.structures import StructureSpec, registered_structures
 
 # wall time of each workload's training: of all contenders, and of those that a mark compares
 SECONDS = {"mlp": (95, 45), "cnn": (100, 50), "vit": (180, 160)}
@@ -39,7 +39,7 @@ QUARTILES = {"lower": 0.25, "median": 0.5, "upper": 0.75}
 START = time.monotonic()
 
 
-def structures(small: bool) -> dict[str, Structure]:
+def structures(small: bool) -> dict[str, StructureSpec]:
     """Which of ours to measure: all, or for a quick look those that have a mark."""
     everything = registered_structures()
     return {name: everything[name] for name in (QUICK if small else everything)}

@@ -35,7 +35,7 @@ def measured(options):
     from workloads import WORKLOADS
 
     from singd import SINGD
-    from singd.checkpoint import FACTORS
+    FACTORS = ("K", "C", "m_K", "m_C")
 
     torch.manual_seed(0)
     workload = WORKLOADS["vit"]

@@ -13,8 +13,8 @@ from timing import Training
 from workloads import WORKLOADS
 
 import singd
-from singd.layers import DenseRows
-from singd.update import natural_gradient
+from singd.rows import DenseRows
+from singd.rules import natural_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_structure_pays_in_wide_statistics():
     names = ("dense", "diagonal", "block30diagonal", "hierarchical15_15", "triltoeplitz")
     rows = DenseRows(torch.randn(128, 2048))
     factors = [singd.structure(name)(2048) for name in names]
-    dense, *others = fastest(*(lambda K=K: K.sandwich(rows) for K in factors), repeats=3)
+    dense, *others = fastest(*(lambda K=K: K.project_congruence(rows) for K in factors), repeats=3)
     for name, cost, share in zip(names[1:], others, (0.1, 0.4, 0.5, 0.9), strict=True):
         assert cost < share * dense, name
 

@@ -8,43 +8,43 @@ from collections.abc import Callable, Sequence
 import torch
 from timing import median_seconds
 
-from singd.layers import DenseRows
-from singd.structures import Structure, StructuredMatrix
-from singd.update import moved_factor, riemannian_momenta
+from singd.rows import DenseRows
+from singd.structures import StructureSpec, StructuredMatrix
+from singd.rules.singd import moved_factor, riemannian_momenta
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 ROWS = 128  # of the batch
 
 
-def random_factor(make: Structure, d: int) -> StructuredMatrix:
+def random_factor(make: StructureSpec, d: int) -> StructuredMatrix:
     """A member near the identity with no zero entry that its structure does not ask for."""
     eye = make(d)
     return eye + eye.map(torch.randn_like) * (0.1 / d)
 
 
-def update_work(make: Structure, d: int) -> Callable[[], object]:
+def update_work(make: StructureSpec, d: int) -> Callable[[], object]:
     """The statistics and the step of both factors of a layer with d inputs and d outputs."""
     a, g = torch.randn(ROWS, d), torch.randn(ROWS, d)
     K, C, m_K, m_C = (random_factor(make, d) for _ in range(4))
 
     def work() -> object:
-        H_K, H_C = K.sandwich(DenseRows(a)), C.sandwich(DenseRows(g))
+        H_K, H_C = K.project_congruence(DenseRows(a)), C.project_congruence(DenseRows(g))
         new = riemannian_momenta(K, C, m_K, m_C, H_K, H_C, damping=1e-3, alpha1=0.5)
-        return [moved_factor(A, m, lr_cov=1e-2) for A, m in zip((K, C), new, strict=True)]
+        return [moved_factor(A, m, 1e-2) for A, m in zip((K, C), new, strict=True)]
 
     return work
 
 
-def gradient_work(make: Structure, d: int) -> Callable[[], object]:
+def gradient_work(make: StructureSpec, d: int) -> Callable[[], object]:
     """One side of a natural gradient: K K^T times ROWS vectors, without a cache.
 
     Not times d vectors: a d x d gradient leaves the cache at some d, and then it is memory that is measured.
     """
     K, X = random_factor(make, d), torch.randn(d, ROWS)
-    return lambda: K.outer(X)
+    return lambda: K.mm_AAt(X)
 
 
-def seconds(make: Structure, d: int) -> tuple[float, float]:
+def seconds(make: StructureSpec, d: int) -> tuple[float, float]:
     """Of an update and of one side of a natural gradient."""
     return median_seconds(update_work(make, d)), median_seconds(gradient_work(make, d))
 
@@ -64,7 +64,7 @@ def vector_cost(cost: str, d: float) -> float:
     return d**2 if "d^2" in cost else d
 
 
-def theoretical_exponents(make: Structure, widths: Sequence[float]) -> tuple[float, float]:
+def theoretical_exponents(make: StructureSpec, widths: Sequence[float]) -> tuple[float, float]:
     """The exponents of an update and of K K^T that the registry's cost promises.
 
     Both multiply ROWS vectors. To move a factor, an update also multiplies two of them: d vectors of a

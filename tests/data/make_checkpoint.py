@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from small import build, train
 
-from singd.options import FORMAT
+from singd.groups import FORMAT
 
 STEPS = 3
 

@@ -16,7 +16,8 @@ from models import MODELS, model_and_batches
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import SINGD, distributed, registered_structures
+from singd import SINGD, registered_structures
+from singd.processes import collectives, exchange
 
 LR = dict(lr=0.05, lr_cov=0.2, damping=0.1)
 
@@ -76,12 +77,12 @@ def run(name, wrapper, shares, parts=1, shard_factors=False, **options):
 
 def alone_step(optimizer, model, batches, average):
     """Train without any communication, though the group is there."""
-    world_size, distributed.world_size = distributed.world_size, lambda: 1
+    world_size, collectives.world_size = collectives.world_size, lambda: 1
     for x, y in batches:
         optimizer.zero_grad()
         loss_of(model(x), y, average).backward()
         optimizer.step()
-    distributed.world_size = world_size
+    collectives.world_size = world_size
 
 
 def cases():
@@ -143,7 +144,7 @@ def a_layer_that_one_rank_does_not_use(**options):
 @contextlib.contextmanager
 def recorded():
     """What a step does, in order: the sizes of its all_reduces ("~" for one that it doesn't wait for)."""
-    seen, reduce, finish = [], dist.all_reduce, distributed.Reduction.finish
+    seen, reduce, finish = [], dist.all_reduce, exchange.Reduction.finish
 
     def all_reduce(tensor, *args, async_op=False, **options):
         seen.append(("~" if async_op else "") + str(tensor.numel()))
@@ -151,11 +152,11 @@ def recorded():
 
     def waited(sums):
         seen.append("wait")
-        finish(sums)
+        return finish(sums)
 
-    dist.all_reduce, distributed.Reduction.finish = all_reduce, waited
+    dist.all_reduce, exchange.Reduction.finish = all_reduce, waited
     yield seen
-    dist.all_reduce, distributed.Reduction.finish = reduce, finish
+    dist.all_reduce, exchange.Reduction.finish = reduce, finish
 
 
 def what_a_step_sends():
@@ -172,7 +173,7 @@ def what_a_step_sends():
         "but one forward past it": ["{F}", "~{S}", "{G}", "wait"],
         "never in sync": ["{F}", "~{S}", "{G}", "wait"],
     }
-    S = 2 * (3 * 3 + 2) + 3 * 3 + 4 * 4  # H_K, H_C and two counts of [3, 2 + 1] and of [3, 3 + 1]
+    S = 2 * (3 * 3 + 4) + 3 * 3 + 4 * 4  # H_K, H_C and four numbers of [3, 2 + 1] and of [3, 3 + 1]
     F, G = 4 + 2, 3 * 3 + 3 * 4  # a flag per parameter, and two on the wrapper
     for wrapper, sent in expected.items():
         torch.manual_seed(0)

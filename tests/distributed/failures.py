@@ -14,7 +14,8 @@ from models import model_and_batches
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import SINGD, distributed
+from singd import SINGD
+from singd.processes import exchange
 
 
 def overflow(shard_factors):
@@ -96,10 +97,10 @@ def killed():
     """Rank 1 dies in its third step, before it exchanges anything; rank 0 says so."""
     model, batches = model_and_batches("mlp", steps=4, batch=6)
     optimizer = SINGD(DistributedDataParallel(model), T=1)
-    reduce = distributed.Reduction
+    reduce = exchange.Reduction
     for i, (x, y) in enumerate(batches):
         if i == 2 and dist.get_rank() == 1:
-            distributed.Reduction = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            exchange.Reduction = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         try:
@@ -107,7 +108,7 @@ def killed():
         except RuntimeError as error:
             print(f"after {i} steps: {error}", flush=True)
             os._exit(3)
-    distributed.Reduction = reduce
+    exchange.Reduction = reduce
     print("nothing happened")
 
 

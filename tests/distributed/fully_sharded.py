@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from singd import SINGD, distributed, registered_structures
+from singd import SINGD, registered_structures
+from singd.processes import collectives
 
 OPTIONS = dict(lr=0.05, lr_cov=0.2, damping=0.1, T=2)
 
@@ -93,31 +94,31 @@ def gathered_gradients():
             params.append(p)
     other = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(1)]))
     other.grad = other.detach().clone()
-    missing = nn.Parameter(distribute_tensor(torch.randn(4), mesh, [Shard(0)]))
     setattr(dist, name, counted)
-    found = distributed.gathered([*params, other, missing, nn.Parameter(torch.ones(2))])
+    found = collectives.gathered({p: p.grad for p in [*params, other]})
     setattr(dist, name, gather)
-    assert found.keys() == set(params) and len(calls) == 2  # one per dtype
+    assert found.keys() == {*params, other} and len(calls) == 2  # one per dtype
+    assert torch.equal(found[other], other.grad.full_tensor())
     for p in params:
         assert torch.equal(found[p], p.grad.full_tensor()) and found[p].abs().min() > 0
 
 
 def buckets():
     """A model larger than a bucket takes several gathers, and trains the same."""
-    size, gathered, calls = distributed.BUCKET, distributed.gathered, []
+    size, gathered, calls = collectives.BUCKET, collectives.gathered, []
 
-    def counted(params):
-        found = gathered(params)
-        calls.extend([found] if found else [])  # (the twin's are whole already)
-        return found
+    def counted(vectors):
+        if any(hasattr(v, "full_tensor") for v in vectors.values()):  # (the twin's are whole already)
+            calls.append(vectors)
+        return gathered(vectors)
 
-    distributed.gathered = counted
+    collectives.gathered = counted
     for bytes_, gathers in ((size, 5), (200, 15)):  # five steps of three layers
         calls.clear()
-        distributed.BUCKET = bytes_
+        collectives.BUCKET = bytes_
         assert run("mlp", "shards") < 1e-10
         assert len(calls) == gathers
-    distributed.BUCKET, distributed.gathered = size, gathered
+    collectives.BUCKET, collectives.gathered = size, gathered
 
 
 def main():

@@ -18,8 +18,8 @@ from models import MODELS, model_and_batches
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import SINGD, ownership, registered_structures
-from singd.checkpoint import FACTORS
+from singd import SINGD, registered_structures
+from singd.processes import ownership
 
 SHARES = [2, 6, 3, 5]  # unequal batches
 
@@ -69,7 +69,7 @@ def everywhere(mine):
 
 def bytes_of_factors(optimizer):
     states = optimizer.state.values()
-    return sum(s[key].nbytes for s in states for key in FACTORS if key in s)
+    return sum(s[key].nbytes for s in states for key in ("K", "C", "m_K", "m_C") if key in s)
 
 
 def memory_falls_with_the_ranks():
@@ -166,13 +166,12 @@ def others_factors_are_kept_for_one_update():
     """K and C of all layers are there between the step before an update and the update, and not in the state."""
     for steps, there in ((1, False), (2, True), (3, False), (4, True)):
         _, _, optimizer, _ = trained(steps, shard_factors=True)  # T = 2
-        own, handed = optimizer._ownership, optimizer._ownership.handed
-        assert set(handed) == (set(optimizer._blocks) if there else set())
         for block in optimizer._blocks:
-            mine = own.keeps(block)
-            assert [key in optimizer.state[block.weight] for key in FACTORS] == [mine] * 4
-            if there:
-                assert handed[block].keys() == (set() if mine else {"K", "C"})
+            mine = optimizer._ownership.keeps(block)
+            assert [key in optimizer.state[block.weight] for key in block.rule.keeps] == [mine] * 4
+            handed = block.factors.handed
+            assert (handed is not None) == there
+            assert set(handed or ()) == ({"K", "C"} if there and not mine else set())
 
 
 def another_number_of_ranks_is_refused():

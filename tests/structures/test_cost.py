@@ -6,7 +6,7 @@ from structure_cases import STRUCTURES, member
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from singd.layers import DenseRows
+from singd.rows import DenseRows
 
 D, M = 4096, 3
 
@@ -31,7 +31,7 @@ def test_largest_tensor(name):
     A, B = member(name, D, torch.float32), member(name, D, torch.float32)
     X = torch.randn(D, M)
     with LargestTensor() as largest:
-        A.mm(X), A.tmm(X), A.outer(X), A.project(X), A.sandwich(DenseRows(X.T))
+        A.mm(X), A.tmm(X), A.mm_AAt(X), A.project(X), A.project_congruence(DenseRows(X.T))
         A.compose(B), A.gram(), A.cogram(), A.trace(), A.norm(), A.flat(), (A + B * 2.0)
     assert largest.numel <= 64 * D < D * D
 

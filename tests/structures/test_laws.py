@@ -7,7 +7,7 @@ import torch
 from structure_cases import CASES, DTYPES, SIZES, STRUCTURES, member, tolerance
 
 from singd import structure
-from singd.layers import DenseRows
+from singd.rows import DenseRows
 from singd.structures import StructuredMatrix
 
 F64 = torch.float64
@@ -50,15 +50,15 @@ def test_products_with_dense(name, n, dtype):
     close(A.tmm(X), a.T @ x, dtype)
     for wide in (X, torch.randn(n, n + 3).to(dtype)):  # two routes
         w = wide.double()
-        close(A.outer(wide), a @ (a.T @ w), dtype)
-        close(A.co_outer(wide), a.T @ (a @ w), dtype)
-        close(A.T.outer(wide), a.T @ (a @ w), dtype)
-        close((A.outer_product() or A).outer(wide), a @ (a.T @ w), dtype)
-        close((A.T.outer_product() or A.T).outer(wide), a.T @ (a @ w), dtype)
+        close(A.mm_AAt(wide), a @ (a.T @ w), dtype)
+        close(A.mm_AtA(wide), a.T @ (a @ w), dtype)
+        close(A.T.mm_AAt(wide), a.T @ (a @ w), dtype)
+        close((A.preconditioner() or A).mm_AAt(wide), a @ (a.T @ w), dtype)
+        close((A.T.preconditioner() or A.T).mm_AAt(wide), a.T @ (a @ w), dtype)
         for factor, expected in ((A, a @ (a.T @ w)), (A.T, a.T @ (a @ w))):
-            for keeps in (factor, factor.outer_product() or factor):
-                close(keeps.outer_(wide.clone()), expected, dtype)
-                close(keeps.outer_(wide.T.clone().T), expected, dtype)  # columns in a row
+            for keeps in (factor, factor.preconditioner() or factor):
+                close(keeps.mm_AAt_(wide.clone()), expected, dtype)
+                close(keeps.mm_AAt_(wide.T.clone().T), expected, dtype)  # columns in a row
     with torch.no_grad():
         close(A @ X, a @ x, dtype)
         close(A.tmm(X.T.contiguous().T), a.T @ x, dtype)
@@ -115,31 +115,8 @@ def test_projections_by_their_definition(name, n, dtype):
     for m in (0, 3, 3 * n):  # fewer and more rows than columns take different routes
         R = torch.randn(m, n).to(dtype)
         r = R.double()
-        close(A.sandwich(DenseRows(R)).dense(), P(name, a.T @ r.T @ r @ a), dtype)
-        close(A.co_sandwich(DenseRows(R)).dense(), P(name, a @ r.T @ r @ a.T), dtype)
-
-
-@every_dtype
-@every_member
-def test_curvature_is_the_sandwich(name, n, dtype):
-    A, m = member(name, n, dtype), member(name, n, dtype)
-    for count in (0, 3, n + 1, 3 * n):  # a product may wait
-        rows = DenseRows(torch.randn(count, n).to(dtype))
-        H, S = A.curvature(rows), A.sandwich(rows)
-        KK = A.gram_beside(H)
-        size = max(S.dense().abs().max().item(), A.gram().dense().abs().max().item())
-        close(H.formed().dense(), S.dense(), dtype)
-        close(H.flat(), S.flat(), dtype)
-        close(H.trace(), S.trace(), dtype, n * size)
-        close(KK.average_trace(), A.gram().average_trace(), dtype)
-        before = m.dense()
-        expected = before.double() + 0.5 * S.dense().double() + 2 * A.gram().dense().double()
-        for a, b in ((0.5, 2.0), (torch.tensor(0.5), torch.tensor(2.0))):
-            got = H.add_to(m.map(torch.clone), a, KK, b)
-            close(got.dense(), expected, dtype, 4 * size + before.abs().max().item())
-            assert type(got) is type(A) and got.dtype == dtype
-        twice = A.curvature(rows).add_(A.curvature(rows)).mul_(0.25)
-        close(twice.formed().dense(), 0.5 * S.dense().double(), dtype)
+        close(A.project_congruence(DenseRows(R)).dense(), P(name, a.T @ r.T @ r @ a), dtype)
+        close(A.project_cocongruence(DenseRows(R)).dense(), P(name, a @ r.T @ r @ a.T), dtype)
 
 
 @pytest.mark.parametrize("c", [1e-6, 1e-3, 1e3])
@@ -149,8 +126,8 @@ def test_the_scale_of_the_rows_costs_no_accuracy(name, n, c):
     A, R, dtype = member(name, n), c * torch.randn(4 * n, n, dtype=F64), torch.float32
     a, r = A.dense(), R
     A, rows = A.to(dtype=dtype), DenseRows(R.to(dtype))
-    close(A.sandwich(rows).dense(), P(name, a.T @ r.T @ r @ a), dtype)
-    close(A.co_sandwich(rows).dense(), P(name, a @ r.T @ r @ a.T), dtype)
+    close(A.project_congruence(rows).dense(), P(name, a.T @ r.T @ r @ a), dtype)
+    close(A.project_cocongruence(rows).dense(), P(name, a @ r.T @ r @ a.T), dtype)
     V, W = torch.randn(n, 3, dtype=F64), c * torch.randn(n, 3, dtype=F64)
     pair = A.project_pair(V.float(), W.float()).dense()
     close(pair, P(name, V @ W.T + W @ V.T), dtype, terms(V, W))

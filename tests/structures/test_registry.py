@@ -27,8 +27,9 @@ def test_sizes_in_names_are_bound():
     assert structure("block64diagonal")(130).blocks.shape == (2, 64, 64)
     assert structure("block64diagonal")(130).last.shape == (2, 2)
     A = structure("hierarchical4_8")(30)
-    assert A.A.n == 4 and A.D.of.D.n == 8
-    assert structure("hierarchical4_8")(6).D.of.D.n == 2  # A first, then E, then the middle
+    assert (A.first, A.last) == (4, 8)
+    small = structure("hierarchical4_8")(6)
+    assert (small.first, small.last) == (4, 2)  # the first rows, then the last ones, then the middle
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from singd.layers.conv_transpose import ConvTransposeKind
 from singd.layers.embedding import EmbeddingKind
 from singd.layers.linear import LinearKind
 from singd.layers.registry import KINDS, find_kind, register_layer
-from singd.layers.rows import DenseRows, Rows, WithOnes
+from singd.rows import DenseRows, Rows, WithOnes
 
 __all__ = [
     "KINDS",

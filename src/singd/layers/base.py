@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
-from singd.layers.rows import DenseRows, Rows, WithOnes
+from singd.rows import DenseRows, Rows, WithOnes
 
 Approx = Literal["expand", "reduce"]
 
@@ -49,7 +49,9 @@ class LayerKind(ABC):
 
     def supports(self, layer: Any) -> str | None:
         """None if the layer can be preconditioned, else the reason why not, in a few words."""
-        return "complex weight" if layer.weight.is_complex() else None
+        if layer.weight.is_complex():
+            return "complex weight"
+        return None if layer.weight.numel() else "a weight without numbers"
 
     def size(self, layer: Any, bias: bool) -> tuple[int, int]:
         """The size (d_o, d_i) of the layer's matrix; d_i counts the bias column if `bias`."""
@@ -143,8 +145,3 @@ class LayerKind(ABC):
         if not bias:
             return self.matrix_to_weight(layer, matrix), None
         return self.matrix_to_weight(layer, matrix[:, :-1]), matrix[:, -1]
-
-
-def layer_name(layer: nn.Module) -> str:
-    """The layer as the user printed it, for messages."""
-    return f"{type(layer).__name__}({layer.extra_repr()})"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Size, Tensor
+from typing import TypeAlias
 
-from singd.layers.patch_kind import ConvTranspose, PatchKind, for_torch
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+
+from singd.layers.conv import PatchKind, for_torch, receptive_extent
+
+ConvTranspose: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 class ConvTransposeKind(PatchKind):
@@ -17,29 +21,28 @@ class ConvTransposeKind(PatchKind):
     convolution's: a row per output channel, columns C_in/groups * kernel with the kernel mirrored.
     """
 
-    def spread(self, layer: ConvTranspose, sizes: Size) -> Size:
+    def stride(self, layer: ConvTranspose) -> tuple[int, ...]:
+        return (1,) * len(layer.kernel_size)
+
+    def spaced(self, layer: ConvTranspose, sizes: Size) -> Size:
         return Size((n - 1) * s + 1 for n, s in zip(sizes, layer.stride, strict=True))
 
     def padding(
         self, layer: ConvTranspose, sizes: Size, output: Size | None
     ) -> list[tuple[int, int]]:
         pads = []
-        for i, n in enumerate(sizes):
-            reach = layer.dilation[i] * (layer.kernel_size[i] - 1)
+        for i, (n, extent) in enumerate(zip(sizes, receptive_extent(layer), strict=True)):
             cut = int(layer.padding[i])
-            out = n + reach - 2 * cut + layer.output_padding[i] if output is None else output[i]
-            before = reach - cut
-            pads.append((before, out + reach - before - n))
+            out = n + extent - 2 * cut + layer.output_padding[i] if output is None else output[i]
+            before = extent - cut
+            pads.append((before, out + extent - before - n))
         return pads
 
     def padded(self, layer: ConvTranspose, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
-        stuffed = x.new_zeros(*x.shape[:2], *self.spread(layer, x.shape[2:]))
+        zero_inserted = x.new_zeros(*x.shape[:2], *self.spaced(layer, x.shape[2:]))
         every = [slice(None), slice(None), *(slice(None, None, s) for s in layer.stride)]
-        stuffed[tuple(every)] = x
-        return F.pad(stuffed, for_torch(padding))
-
-    def stride(self, layer: ConvTranspose) -> tuple[int, ...]:
-        return (1,) * len(layer.kernel_size)
+        zero_inserted[tuple(every)] = x
+        return F.pad(zero_inserted, for_torch(padding))
 
     def weight_to_matrix(self, layer: ConvTranspose, weight: Tensor) -> Tensor:
         kernel_axes = range(2, weight.ndim)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from singd.layers.base import Approx, LayerKind, layer_name
-from singd.layers.rows import DenseRows, Rows
+from singd.layers.base import Approx, LayerKind
+from singd.rows import DenseRows, Rows
 
 
 class OneHotRows(Rows):
@@ -90,16 +90,8 @@ class EmbeddingKind(LayerKind):
     input_structure = "diagonal"
 
     def supports(self, layer: nn.Embedding) -> str | None:
-        """See `LayerKind.supports`.
-
-        Raises:
-            ValueError: The layer has `sparse=True`: no factor and no fallback can use its gradient.
-        """
         if layer.sparse:
-            raise ValueError(
-                f"{layer_name(layer)} makes sparse gradients, which SINGD cannot use; "
-                "choose sparse=False."
-            )
+            return "sparse gradients"
         if layer.scale_grad_by_freq:
             return "scale_grad_by_freq=True"
         return super().supports(layer)

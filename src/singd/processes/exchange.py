@@ -6,7 +6,7 @@ of the ranks' losses, as in DistributedDataParallel: a gradient that a rank sees
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -25,47 +25,36 @@ from singd.torch_private import reduce_scatter
 COUNTS = ("u", "g", "rows", "terms")
 
 
-def average(params: Sequence[nn.Parameter], ddp: DDPDetector, always: bool) -> bool:
-    """Give all processes the mean of their gradients, unless a wrapper has done it.
+def to_average(
+    params: Sequence[nn.Parameter], ddp: DDPDetector, always: bool
+) -> list[nn.Parameter]:
+    """The parameters whose gradients are to be averaged: those that any rank has used, unless a wrapper has
+    done it.
+
+    All ranks say in one short message what they have used and seen. What one rank has used gets a gradient on all.
 
     Args:
         params: Those that nobody else has surely averaged; the same ones on every rank.
         ddp: What ran this rank's forwards.
         always: Whether to average in any case.
-
-    Returns:
-        Whether they were averaged here.
     """
     if not params:
-        return False
-    used, averaged = _agree(params, ddp)
-    if averaged and not always:
-        return False
-    for p in used:  # what one rank has used, all step
-        p.grad = gradient_of(p)
-    _average_gradients(used)
-    return True
-
-
-def _agree(params: Sequence[nn.Parameter], ddp: DDPDetector) -> tuple[list[nn.Parameter], bool]:
-    """What all ranks have to say of the gradients before they can be averaged, in one short message.
-
-    Returns:
-        The parameters that have a gradient on any rank, and whether a wrapper has averaged them already.
-    """
+        return []
     mine = [p.grad is not None for p in params] + [ddp.inside, ddp.outside]
     flags = torch.tensor(mine, dtype=torch.float32, device=params[0].device)
     with telling_of_lost_ranks():
         dist.all_reduce(flags)
     *some, inside, outside = (flag > 0 for flag in flags.tolist())
-    return [p for p, used in zip(params, some, strict=True) if used], inside and not outside
+    if inside and not outside and not always:
+        return []
+    return [p for p, used in zip(params, some, strict=True) if used]
 
 
-def _average_gradients(params: Sequence[nn.Parameter]) -> None:
+def average_gradients(params: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by the mean over the ranks, in one buffer per dtype; all have one."""
     for dtype in dict.fromkeys(p.dtype for p in params):  # (a set's order may differ between ranks)
         some = [p for p in params if p.dtype == dtype]
-        grads = [p.grad for p in some if p.grad is not None]
+        grads = [gradient_of(p) for p in some]
         buffer = torch.cat([g.flatten() for g in grads])
         with telling_of_lost_ranks():
             dist.all_reduce(buffer)
@@ -74,52 +63,61 @@ def _average_gradients(params: Sequence[nn.Parameter]) -> None:
             p.grad = part.view_as(p)
 
 
-def reduced(
-    blocks: Sequence[Block],
-    statistics: dict[Block, Statistics],
-    owners: Sequence[int] | None = None,
-) -> dict[Block, Statistics]:
-    """The sums of all ranks' statistics, in one buffer.
+class Reduction:
+    """The sum of all ranks' statistics, in one buffer; it starts when it is made.
+
+    (It cannot start before the step: only then is it known that no other micro-batch follows.)
 
     Args:
         blocks: The blocks whose factors are due. All ranks must agree on them: they follow from the steps
             taken and the gradients, not from what a rank saw.
         statistics: What this rank gathered; it is not changed. A rank may have seen less than others.
         owners: The rank that needs the sums of each block; None: all do.
-
-    Returns:
-        The sums of the blocks that this rank needs.
     """
-    if not blocks:
-        return {}
-    sizes = [sum(_sizes(b)) for b in blocks]
-    if owners is None:
-        layout = Layout(list(accumulate([0, *sizes[:-1]])), sum(sizes), None)
-    else:
-        layout = Layout.of(sizes, owners, world_size())
-    wide = torch.float64 if any(_dtype(b) == torch.float64 for b in blocks) else torch.float32
-    sums = torch.zeros(layout.numel, dtype=wide, device=blocks[0].weight.device)
-    for block, start in zip(blocks, layout.offsets, strict=True):
-        mine = statistics.get(block)
-        if mine is not None:
-            H_K, H_C, counts = sums[start:][: sum(_sizes(block))].split(_sizes(block))
-            H_K.copy_(mine.H_K.flat())
-            H_C.copy_(mine.H_C.flat())
-            counts.copy_(torch.stack([getattr(mine, name).to(wide) for name in COUNTS]))
-    first = 0
-    with telling_of_lost_ranks():
-        if layout.shard_numel is None:
-            dist.all_reduce(sums)
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        statistics: Mapping[Block, Statistics],
+        owners: Sequence[int] | None = None,
+    ) -> None:
+        self._blocks, self._owners = blocks, owners
+        if not blocks:
+            return
+        sizes = [sum(_sizes(b)) for b in blocks]
+        if owners is None:
+            self._layout = Layout(list(accumulate([0, *sizes[:-1]])), sum(sizes), None)
         else:
-            everything, sums = sums, sums.new_empty(layout.shard_numel)
-            reduce_scatter(sums, everything)
-            first = rank() * layout.shard_numel
-    found = {}
-    for i, (block, offset) in enumerate(zip(blocks, layout.offsets, strict=True)):
-        if owners is None or owners[i] == rank():
-            mine = sums[offset - first :][: sum(_sizes(block))].to(block.weight.device)
-            found[block] = _from_sums(block, mine)
-    return found
+            self._layout = Layout.of(sizes, owners, world_size())
+        wide = torch.float64 if any(_dtype(b) == torch.float64 for b in blocks) else torch.float32
+        self._sums = torch.zeros(self._layout.numel, dtype=wide, device=blocks[0].weight.device)
+        for block, start in zip(blocks, self._layout.offsets, strict=True):
+            mine = statistics.get(block)
+            if mine is not None:
+                H_K, H_C, counts = self._sums[start:][: sum(_sizes(block))].split(_sizes(block))
+                H_K.copy_(mine.H_K.flat())
+                H_C.copy_(mine.H_C.flat())
+                counts.copy_(torch.stack([getattr(mine, name).to(wide) for name in COUNTS]))
+        with telling_of_lost_ranks():
+            if self._layout.shard_numel is None:
+                self._work: Any = dist.all_reduce(self._sums, async_op=True)
+            else:
+                everything, self._sums = self._sums, self._sums.new_empty(self._layout.shard_numel)
+                self._work = reduce_scatter(self._sums, everything, async_op=True)
+
+    def finish(self) -> dict[Block, Statistics]:
+        """Wait for the sums of the blocks that this rank needs."""
+        if not self._blocks:
+            return {}
+        with telling_of_lost_ranks():
+            self._work.wait()
+        first = rank() * (self._layout.shard_numel or 0)
+        found = {}
+        for i, (block, offset) in enumerate(zip(self._blocks, self._layout.offsets, strict=True)):
+            if self._owners is None or self._owners[i] == rank():
+                mine = self._sums[offset - first :][: sum(_sizes(block))].to(block.weight.device)
+                found[block] = _from_sums(block, mine)
+        return found
 
 
 def _sizes(block: Block) -> list[int]:

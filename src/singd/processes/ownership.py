@@ -175,16 +175,15 @@ class Ownership:
         if not self.divided:
             return
         for block in used:
-            block.factors.handed = {}
+            block.factors.handed = None
         due = []
         for block in blocks:
             state = states.get(block.weight, {})
-            handed = block.factors.handed or not block.rule.gathers_with
-            if block.active and state.get("last_update", -1) >= 0 and not handed:
-                if is_due(block.group, state):
-                    due.append(block)
+            wanted = block.active and block.rule.gathers_with and block.factors.handed is None
+            if wanted and state.get("last_update", -1) >= 0 and is_due(block.group, state):
+                due.append(block)
         for block, factors in zip(due, self.gathered(due, states, "step", True), strict=True):
-            block.factors.handed = factors
+            block.factors.handed = {} if self.keeps(block) else factors
 
     def keep_own(self, blocks: Iterable[Block], states: States) -> None:
         """Of whole states that were loaded, keep what this rank owns and what the next update needs.
@@ -194,10 +193,12 @@ class Ownership:
             states: The optimizer's state; changed in place.
         """
         for block in blocks:
-            block.factors.handed = {}
+            block.factors.handed = None
             state = states.get(block.weight, {})
-            if not block.active or "step" not in state or self.keeps(block):
+            if not block.active or not self.divided or "step" not in state:
                 continue
-            others = {name: state.pop(name) for name in block.rule.keeps}
+            names = () if self.keeps(block) else tuple(block.rule.keeps)
+            others = {name: state.pop(name) for name in names}
             if is_due(block.group, state):
-                block.factors.handed = {name: others[name] for name in block.rule.gathers_with}
+                with_ = block.rule.gathers_with
+                block.factors.handed = {name: others[name] for name in with_ if name in others}

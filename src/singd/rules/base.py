@@ -1,19 +1,19 @@
 """The seam: what a rule is. Layers give rows, structures hold factors, a rule moves them.
 
-A rule is pure mathematics: structured matrices and options in, structured matrices out. Where its factors are stored,
-how they come into checkpoints, and what processes exchange follows from what it says that it keeps.
+A rule is pure mathematics: structured matrices and options in, structured matrices out. Where its factors are
+stored, how they come into checkpoints, and what processes exchange follows from what it says that it keeps.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from singd.rows import DenseRows, Rows
+from singd.rows import Rows
 from singd.structures import Preconditioner, StructuredMatrix
 
 INPUT, OUTPUT = "input", "output"
@@ -108,7 +108,7 @@ class Rule(ABC):
 
     def prepare(self, factors: Factors, keep: bool) -> Any:
         """What ``direction`` needs of the factors; ``keep`` says whether it serves many steps."""
-        return tuple(A.preconditioner() if keep else A for A in self.sides(factors))
+        return tuple((keep and A.preconditioner()) or A for A in self.sides(factors))
 
     def direction(self, prepared: Any, dW: Tensor, *, overwrite: bool = False) -> Tensor:
         """The preconditioned gradient, ``[d_o, d_i]``.
@@ -145,11 +145,3 @@ def averaging(options: Mapping[str, Any], lr_cov: float, updates: int) -> float:
     at most 1/2, so that the first statistics count in full.
     """
     return max(lr_cov, min(0.5, 1 / (updates + 1))) if options["fast_start"] else lr_cov
-
-
-def rows_of(gradient: Tensor) -> Rows:
-    """A matrix as rows."""
-    return DenseRows(gradient)
-
-
-Maker: TypeAlias = Callable[..., Rule]

@@ -1,9 +1,11 @@
 r"""The rule of SINGD, one function per equation of the paper.
 
-:math:`K, C` are the factors of one layer, :math:`m_K, m_C` their Riemannian momenta, :math:`H_K = P(K^\top U K)` and
+:math:`K, C` are the factors of one layer, :math:`m_K, m_C` their Riemannian momenta, :math:`H_K = P(K^\top U
+K)` and
 :math:`H_C = P(C^\top G C)` the projected curvature, and :math:`\operatorname{tr}` the *average* trace.
 
-Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705. With dense factors it is
+Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705. With dense factors
+    it is
 INGD: Lin et al., "Simplifying Momentum-based Riemannian Submanifold Optimization", ICML 2023, arXiv:2302.09738.
 """
 
@@ -97,7 +99,10 @@ class Singd(Rule):
             K, C = K * k, C * c
             H_K, H_C = self.scaled_curvature(H_K, H_C, k, c)
         m_K, m_C = self.momenta(K, C, m_K, m_C, H_K, H_C, damping=damping, options=options)
-        beta, normalize = averaging(options, options["lr_cov"], updates), options["normalize_lr_cov"]
+        beta, normalize = (
+            averaging(options, options["lr_cov"], updates),
+            options["normalize_lr_cov"],
+        )
         K = moved_factor(K, m_K, step_size(m_K, beta, normalize))
         C = moved_factor(C, m_C, step_size(m_C, beta, normalize))
         return {"K": K, "C": C, "m_K": m_K, "m_C": m_C}
@@ -120,7 +125,7 @@ class Singd(Rule):
         return options["damping"] * (curvature.u * curvature.g if relative else 1.0)
 
     def start_scales(self, curvature: Curvature, damping: Any) -> tuple[Any, Any]:
-        r"""The scales k, c of K and C at the fixed point of K = k I, C = c I: (k c)^2 = 1 / (u g + lambda), k = c."""
+        r"""The scales of K = k I, C = c I at the fixed point: (k c)^2 = 1 / (u g + lambda), with k = c."""
         scale = _inverse_root(curvature.u * curvature.g + damping, 4)
         return scale, scale
 

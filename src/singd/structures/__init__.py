@@ -1,33 +1,31 @@
 """Structured matrices: sets of square matrices closed under addition, scaling and multiplication."""
 
-from singd.structures.base import Curvature, OuterProduct, StructuredMatrix, Transposed
+from singd.structures.base import Preconditioner, StructuredMatrix, Transposed, static
 from singd.structures.block_diagonal import BlockDiagonal
-from singd.structures.congruence import Congruence
+from singd.structures.bordered import Bordered, from_recursive_layout
 from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 from singd.structures.registry import (
-    Structure,
+    StructureSpec,
     register_structure,
     registered_structures,
     structure,
 )
 from singd.structures.toeplitz import UpperToeplitz
-from singd.structures.triangular import Upper
 
-Preconditioner = OuterProduct
 __all__ = [
     "BlockDiagonal",
-    "Congruence",
-    "Curvature",
+    "Bordered",
     "Dense",
     "Diagonal",
-    "OuterProduct",
-    "Structure",
+    "Preconditioner",
+    "StructureSpec",
     "StructuredMatrix",
     "Transposed",
-    "Upper",
     "UpperToeplitz",
+    "from_recursive_layout",
     "register_structure",
     "registered_structures",
+    "static",
     "structure",
 ]

@@ -1,62 +1,68 @@
-"""The interface of a structured matrix, and all that follows from its few primitives."""
+"""A structured matrix: seven primitives, and all that follows from them.
+
+A subclass defines ``eye``, ``n``, ``mm``, ``tmm``, ``compose``, ``project`` and ``trace``. What it may override
+for speed, and what that is worth, is listed under "What to override" in ``docs/structures.md``.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from singd.structures.border import Border
-from singd.structures.congruence import Congruence
+from singd.kernels import wide
+from singd.rows import Rows
+from singd.structures import picture
 
 Self = TypeVar("Self", bound="StructuredMatrix")
 
 
-class RowsLike(Protocol):
-    """A matrix [m, n] that answers questions about its Gram matrix (see ``singd.layers.Rows``)."""
+def static(**kw: Any) -> Any:
+    """A dataclass field of a structure that is no tensor: a size, say, which every operation keeps as it is.
 
-    @property
-    def count(self) -> int: ...
-    def matrix(self) -> Tensor: ...
-    def gram(self) -> Tensor: ...
-    def squares(self) -> Tensor: ...
-    def block_gram(self, k: int) -> tuple[Tensor, Tensor]: ...
-    def columns(self, start: int, stop: int) -> Tensor: ...
-    def mm(self, Y: Tensor) -> Tensor: ...
-    def tmm(self, Y: Tensor) -> Tensor: ...
-    def narrow(self, start: int, stop: int) -> RowsLike: ...
-    def split(self) -> Iterator[RowsLike]: ...
+    Args:
+        kw: What `dataclasses.field` takes, for example a ``default``.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from torch import Tensor
+        >>> from singd.structures import StructuredMatrix, static
+        >>> @dataclass(eq=False, repr=False)
+        ... class ScaledIdentity(StructuredMatrix):
+        ...     s: Tensor  # [1]
+        ...     size: int = static()
+    """
+    return field(metadata={"static": True}, **kw)
 
 
 @dataclass(eq=False)
-class OuterProduct:
+class Preconditioner:
     """A A^T, formed once for many products: half their cost, for about as many numbers again as A has."""
 
     multiply: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     multiply_: Callable[[Tensor], Tensor] | None = None  # the same, where X may be overwritten
 
-    def outer(self, X: Tensor) -> Tensor:
+    def mm_AAt(self, X: Tensor) -> Tensor:
         """A A^T X for a dense X, [n, m]."""
         return self.multiply(X)
 
-    def outer_(self, X: Tensor) -> Tensor:
+    def mm_AAt_(self, X: Tensor) -> Tensor:
         """The same, where X may be overwritten."""
         return (self.multiply_ or self.multiply)(X)
-    mm_AAt, mm_AAt_ = outer, outer_
 
 
 @dataclass(eq=False, repr=False)
 class StructuredMatrix(ABC):
     r"""A square matrix of a set that is closed under addition, scaling and multiplication and contains I.
 
-    A subclass is a dataclass whose fields are tensors or other structured matrices. It defines ``eye``,
-    ``n``, ``mm``, ``tmm``, ``compose``, ``project`` and ``trace``; everything else is derived here, and
+    A subclass is a dataclass whose fields are tensors, other structured matrices, or `static`. It defines
+    ``eye``, ``n``, ``mm``, ``tmm``, ``compose``, ``project`` and ``trace``; everything else is derived here, and
     overridden only for speed. The law of every projection, for symmetric :math:`N`:
 
     .. math:: \tfrac12 P(N) = \operatorname{arg\,min}_{M} \lVert (M + M^\top) - N \rVert_F
@@ -102,21 +108,35 @@ class StructuredMatrix(ABC):
         """The transpose."""
         return Transposed(self)
 
-    def outer(self, X: Tensor) -> Tensor:
+    def dense(self) -> Tensor:
+        """The matrix itself, [n, n]."""
+        return self.mm(self._identity())
+
+    def _identity(self) -> Tensor:
+        return torch.eye(self.n, dtype=self.dtype, device=self.device)
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, Tensor):
+            return self.mm(other[:, None])[:, 0] if other.ndim == 1 else self.mm(other)
+        return self.compose(self._alike(other))
+
+    def mm_AAt(self, X: Tensor) -> Tensor:
         """A A^T X for a dense X, [n, m]."""
         return self.mm(self.tmm(X))
 
-    def outer_(self, X: Tensor) -> Tensor:
+    def mm_AAt_(self, X: Tensor) -> Tensor:
         """A A^T X, where X may be overwritten: with the result, or with anything else."""
-        return self.outer(X)
+        return self.mm_AAt(X)
 
-    def co_outer(self, X: Tensor) -> Tensor:
+    def mm_AtA(self, X: Tensor) -> Tensor:
         """A^T A X for a dense X, [n, m]."""
         return self.tmm(self.mm(X))
 
-    def outer_product(self) -> OuterProduct | None:
+    def preconditioner(self) -> Preconditioner | None:
         """A A^T to keep for many products, or None where that gains nothing."""
         return None
+
+    # -- projections -------------------------------------------------------------------------------------
 
     def gram(self: Self) -> Self:
         """P(A^T A)."""
@@ -125,6 +145,24 @@ class StructuredMatrix(ABC):
     def cogram(self: Self) -> Self:
         """P(A A^T)."""
         return self.project(self.dense())
+
+    def project_congruence(self: Self, rows: Rows) -> Self:
+        """P(A^T R^T R A) for rows R, [m, n]."""
+        return self._projected(self.tmm, rows)
+
+    def project_cocongruence(self: Self, rows: Rows) -> Self:
+        """P(A R^T R A^T) for rows R, [m, n]."""
+        return self._projected(self.mm, rows)
+
+    def _projected(self: Self, apply: Callable[[Tensor], Tensor], rows: Rows) -> Self:
+        """P(Y Y^T) for what some product makes of R^T, a few rows at a time where all take much memory."""
+        if rows.count == 0:  # an empty batch, which some libraries refuse to transform
+            return self.map(torch.zeros_like)
+        parts = (self.project(apply(part.matrix().T)) for part in rows.split())
+        total = next(parts)
+        for P in parts:
+            total = total.to(dtype=wide(P._first())).add_(P)
+        return total.to(dtype=self.dtype)
 
     def project_pair(self: Self, V: Tensor, W: Tensor) -> Self:
         """P(V W^T + W V^T) for dense V and W, [n, m]."""
@@ -137,109 +175,36 @@ class StructuredMatrix(ABC):
         P = self.project(V + W).mul_(0.5).add_(self.project(V - W), -0.5)
         return P.to(dtype=dtype)
 
-    def sandwich(self: Self, rows: RowsLike) -> Self:
-        """P(A^T R^T R A) for rows R, [m, n]."""
-        return self._projected(self.tmm, rows)
-
-    def curvature(self: Self, rows: RowsLike) -> Self | Congruence:
-        """The same, perhaps with a product still to be formed, for a sum with ``gram_beside`` it."""
-        return self.sandwich(rows)
-
-    def gram_beside(self: Self, H: Self | Congruence) -> Self | Congruence:
-        """P(A^T A) in the form of a curvature of A."""
-        return self.gram()
-
-    def formed(self: Self) -> Self:
-        """The matrix itself, as a curvature."""
-        return self
-
-    def add_to(self: Self, m: Self, a: float | Tensor, gram: Any, b: float | Tensor) -> Self:
-        """Add a H + b P(A^T A) to m in place, with this curvature H of A and the ``gram_beside`` it."""
-        return m.add_(self, a).add_(gram, b)
-
-    def co_sandwich(self: Self, rows: RowsLike) -> Self:
-        """P(A R^T R A^T) for rows R, [m, n]."""
-        return self._projected(self.mm, rows)
-
-    def _projected(self: Self, apply: Callable[[Tensor], Tensor], rows: RowsLike) -> Self:
-        """P(Y Y^T) for what some product makes of R^T, a few rows at a time where all take much memory."""
-        if rows.count == 0:  # an empty batch, which some libraries refuse to transform
-            return self.map(torch.zeros_like)
-        parts = (self.project(apply(part.matrix().T)) for part in rows.split())
-        total = next(parts)
-        for P in parts:
-            total = total.to(dtype=torch.promote_types(P.dtype, torch.float32)).add_(P)
-        return total.to(dtype=self.dtype)
-
-    def dense(self) -> Tensor:
-        """The matrix itself, [n, n]."""
-        return self.mm(self._identity())
-
-    def _identity(self) -> Tensor:
-        return torch.eye(self.n, dtype=self.dtype, device=self.device)
-
-    def __matmul__(self, other: Any) -> Any:
-        return self.mm(other) if isinstance(other, Tensor) else self.compose(other)
-
-    # -- a border of dense rows around a diagonal --------------------------------------------------------
-
-    def border(self, transposed: bool = False) -> Border | None:
-        """The matrix (or its transpose) as a diagonal with dense rows, or None if it is of another form."""
-        return None
-
-    def _border_product(self) -> OuterProduct | None:
-        """A A^T from the border, to keep."""
-        form = self.border()
-        if form is None:
-            return None
-        product = form.cogram()
-        return OuterProduct(product.symmetric_mm, self.dtype, product.symmetric_mm_)
-
-    def with_border(self: Self, border: Border, transposed: bool, off: float = 1.0) -> Self:
-        """The member of this structure with these rows; the inverse of ``border``.
-
-        Args:
-            border: A diagonal and rows at the places of this matrix' own.
-            transposed: Whether they are those of the transpose.
-            off: A factor for the blocks off the diagonal: 2 makes of N the projection P(N).
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no border.")
-
-    # interim
-    def mm_AAt(self, X): return self.outer(X)
-    def mm_AAt_(self, X): return self.outer_(X)
-    def project_congruence(self, rows): return self.sandwich(rows)
-    def preconditioner(self): return self.outer_product() or self
-    def spectral_norm(self, products=6):
-        v = torch.randn(self.n, 1, generator=torch.Generator().manual_seed(0)).to(self._first())
-        for _ in range(products):
-            v = self.tmm(self.mm(v))
-            v = v / v.norm().clamp(min=1e-30)
-        return 1.1 * self.mm(v).norm()
-
     # -- a vector space, number by number ----------------------------------------------------------------
 
     def map(self: Self, function: Callable[..., Tensor], *others: Self) -> Self:
         """Apply a function to each tensor, together with those of other matrices of the same structure."""
         values = []
-        for name in _field_names(type(self)):
+        for name, is_static in _field_names(type(self)):
             mine, theirs = getattr(self, name), [getattr(A, name) for A in others]
-            if isinstance(mine, Tensor):
-                values.append(function(mine, *theirs))
-            else:
-                values.append(mine.map(function, *theirs))
+            if isinstance(mine, StructuredMatrix):
+                mine = mine.map(function, *theirs)
+            elif not is_static:
+                mine = function(mine, *theirs)
+            values.append(mine)
         return type(self)(*values)
 
     def __add__(self: Self, other: Self) -> Self:
-        return self.map(torch.add, other)
+        return self.map(torch.add, self._alike(other))
 
     def __sub__(self: Self, other: Self) -> Self:
-        return self.map(torch.sub, other)
+        return self.map(torch.sub, self._alike(other))
+
+    def __neg__(self: Self) -> Self:
+        return self.map(torch.neg)
 
     def __mul__(self: Self, scalar: float | Tensor) -> Self:
         return self.map(lambda t: t * scalar)
 
     __rmul__ = __mul__
+
+    def __truediv__(self: Self, scalar: float | Tensor) -> Self:
+        return self.map(lambda t: t / scalar)
 
     def add_(self: Self, other: Self, alpha: float | Tensor = 1.0) -> Self:
         """Add ``alpha`` times another matrix in place."""
@@ -260,6 +225,26 @@ class StructuredMatrix(ABC):
         """Add ``alpha`` times the identity in place."""
         return self.add_(self.project(self._identity()), alpha)  # P(I) = I in every structure
 
+    def _alike(self: Self, other: Any) -> Self:
+        """The other matrix, if both are of one structure and size.
+
+        Raises:
+            TypeError: If it is none, or of another structure or size.
+        """
+        if not isinstance(other, StructuredMatrix):
+            raise TypeError(f"{self!r} cannot be combined with {type(other).__name__}.")
+        if self._layout() != other._layout():
+            raise TypeError(
+                f"{self!r} and {other!r} are not of one structure and size; combine their dense() instead."
+            )
+        return other  # type: ignore[return-value]
+
+    def _layout(self) -> tuple[Any, ...]:
+        """The structure with all its sizes, to compare."""
+        values = [getattr(self, name) for name, _ in _field_names(type(self))]
+        parts = [v._layout() if isinstance(v, StructuredMatrix) else v for v in values]
+        return type(self), *(p.shape if isinstance(p, Tensor) else p for p in parts)
+
     # -- measures ----------------------------------------------------------------------------------------
 
     def average_trace(self) -> Tensor:
@@ -274,23 +259,51 @@ class StructuredMatrix(ABC):
         """The largest absolute value of an entry, 0-d."""
         return torch.stack([t.abs().amax() for t in self.tensors() if t.numel()]).amax()
 
+    def spectral_norm(self, products: int = 8) -> Tensor:
+        """The spectral norm, estimated from below by power iteration, 0-d, in float32 at least.
+
+        Four fixed start vectors are multiplied by A^T A, and the largest growth counts. With the 8 products of
+        the default, 4 by A and 4 by A^T, random members give at least 0.85 of the norm, and never more than it
+        but for rounding. Nothing waits for the device.
+
+        Args:
+            products: How many products to take, two for each multiplication by A^T A; at least 2.
+        """
+        A = self.to(dtype=wide(self._first()))
+        tiny = torch.finfo(A.dtype).tiny
+        # cosines of angles that grow quadratically: no two entries and no two vectors are alike
+        steps = torch.arange(1, self.n + 1, dtype=torch.float64, device=self.device)[:, None]
+        angles = (
+            steps
+            * steps
+            * torch.arange(1, 5, dtype=torch.float64, device=self.device)
+            * 0.6180339887
+        )
+        X = angles.cos().to(A.dtype)
+        growth = X.new_zeros(X.shape[1])
+        for _ in range(max(1, products // 2)):
+            X = X / torch.linalg.vector_norm(X, dim=0).clamp(min=tiny)
+            Y = A.mm(X)
+            growth, X = torch.linalg.vector_norm(Y, dim=0), A.tmm(Y)
+        # one product more than A's own: |A^T A x| / |A x| is at least as good a bound as |A x| / |x|
+        return (torch.linalg.vector_norm(X, dim=0) / growth.clamp(min=tiny)).amax()
+
     # -- storage -----------------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
         """The stored tensors, in a fixed order."""
         found: list[Tensor] = []
-        for name in _field_names(type(self)):
+        for name, is_static in _field_names(type(self)):
             value = getattr(self, name)
-            if isinstance(value, Tensor):
-                found.append(value)
-            else:
+            if isinstance(value, StructuredMatrix):
                 found += value.tensors()
+            elif not is_static:
+                found.append(value)
         return found
 
     def _first(self) -> Tensor:
         """The first of the stored tensors."""
-        first = getattr(self, _field_names(type(self))[0])
-        return first if isinstance(first, Tensor) else first._first()
+        return self.tensors()[0]
 
     def with_tensors(self: Self, tensors: Sequence[Tensor]) -> Self:
         """The matrix of this structure that stores other tensors; the inverse of ``tensors``."""
@@ -342,8 +355,13 @@ class StructuredMatrix(ABC):
         return f"{type(self).__name__}(n={self.n}, {self.numel} numbers, {self.dtype})"
 
     def _repr_html_(self) -> str:
-        from singd.report import picture
-        return picture.html_picture(self)
+        index, columns = picture.sampled(self.n)
+        entries = self.mm(columns.to(dtype=self.dtype, device=self.device))[index.to(self.device)]
+        words = (
+            f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
+        )
+        numbers = f"{self.numel:,} numbers, {self.numel / max(1, self.n) ** 2:.1%} of dense"
+        return picture.html_picture(entries, words, numbers)
 
 
 @dataclass(eq=False, repr=False)
@@ -385,20 +403,17 @@ class Transposed(StructuredMatrix):
         self.of.add_identity_(alpha)
         return self
 
-    def outer(self, X: Tensor) -> Tensor:
-        return self.of.co_outer(X)
+    def mm_AAt(self, X: Tensor) -> Tensor:
+        return self.of.mm_AtA(X)
 
-    def co_outer(self, X: Tensor) -> Tensor:
-        return self.of.outer(X)
+    def mm_AtA(self, X: Tensor) -> Tensor:
+        return self.of.mm_AAt(X)
 
-    def outer_product(self) -> OuterProduct | None:
-        return self._border_product()
+    def project_congruence(self, rows: Rows) -> Transposed:
+        return Transposed(self.of.project_cocongruence(rows))
 
-    def sandwich(self, rows: RowsLike) -> Transposed:
-        return Transposed(self.of.co_sandwich(rows))
-
-    def co_sandwich(self, rows: RowsLike) -> Transposed:
-        return Transposed(self.of.sandwich(rows))
+    def project_cocongruence(self, rows: Rows) -> Transposed:
+        return Transposed(self.of.project_congruence(rows))
 
     def gram(self) -> Transposed:
         return Transposed(self.of.cogram())
@@ -409,22 +424,13 @@ class Transposed(StructuredMatrix):
     def trace(self) -> Tensor:
         return self.of.trace()
 
-    def border(self, transposed: bool = False) -> Border | None:
-        return self.of.border(not transposed)
 
-    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Transposed:
-        return Transposed(self.of.with_border(border, not transposed, off))
-
-
-Curvature: TypeAlias = StructuredMatrix | Congruence
-"""P(K^T S K): a matrix of K's structure, or one whose last product waits."""
+def transposed(make: Callable[..., StructuredMatrix]) -> Callable[..., StructuredMatrix]:
+    """The structure of the transposes."""
+    return partial(Transposed.eye, of=make)
 
 
 @cache
-def _field_names(structure: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(structure))
-
-
-def wide(t: Tensor) -> torch.dtype:
-    """The dtype to sum in: float32 at least."""
-    return torch.promote_types(t.dtype, torch.float32)
+def _field_names(structure: type) -> tuple[tuple[str, bool], ...]:
+    """The fields of a structure, each with whether it is static."""
+    return tuple((f.name, "static" in f.metadata) for f in fields(structure))

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.base import OuterProduct, RowsLike, StructuredMatrix, wide
+from singd.kernels import wide
+from singd.rows import Rows
+from singd.structures.base import Preconditioner, StructuredMatrix
 
 
 @dataclass(eq=False, repr=False)
@@ -49,14 +51,6 @@ class BlockDiagonal(StructuredMatrix):
         torch.mm(last, bottom, out=tail)
         return out
 
-    def outer_product(self) -> OuterProduct:
-        return OuterProduct(self.cogram().mm, self.last.dtype)
-
-    def outer(self, X: Tensor) -> Tensor:
-        if X.shape[1] < self.blocks.shape[1]:
-            return self.mm(self.tmm(X))
-        return self.cogram().mm(X)  # one pass over X instead of two
-
     def compose(self, other: BlockDiagonal) -> BlockDiagonal:
         return BlockDiagonal(self.blocks @ other.blocks, self.last @ other.last)
 
@@ -64,14 +58,24 @@ class BlockDiagonal(StructuredMatrix):
         top, bottom = self._split(Y)
         return BlockDiagonal(top @ top.mT, bottom @ bottom.T)
 
-    def project_pair(self, V: Tensor, W: Tensor) -> BlockDiagonal:
-        products = (v @ w.mT for v, w in zip(self._split(V), self._split(W), strict=True))
-        return BlockDiagonal(*(N + N.mT for N in products))
-
     def trace(self) -> Tensor:
         dtype = wide(self.last)
         whole = self.blocks.diagonal(dim1=1, dim2=2).sum(dtype=dtype)
         return whole + self.last.diagonal().sum(dtype=dtype)
+
+    # -- for speed -----------------------------------------------------------------------------------
+
+    def preconditioner(self) -> Preconditioner:
+        return Preconditioner(self.cogram().mm, self.last.dtype)
+
+    def mm_AAt(self, X: Tensor) -> Tensor:
+        if X.shape[1] < self.blocks.shape[1]:
+            return self.mm(self.tmm(X))
+        return self.cogram().mm(X)  # one pass over X instead of two
+
+    def project_pair(self, V: Tensor, W: Tensor) -> BlockDiagonal:
+        products = (v @ w.mT for v, w in zip(self._split(V), self._split(W), strict=True))
+        return BlockDiagonal(*(N + N.mT for N in products))
 
     def add_identity_(self, alpha: float | Tensor) -> BlockDiagonal:
         self.blocks.diagonal(dim1=1, dim2=2).add_(alpha)
@@ -84,12 +88,12 @@ class BlockDiagonal(StructuredMatrix):
     def cogram(self) -> BlockDiagonal:
         return BlockDiagonal(self.blocks @ self.blocks.mT, self.last @ self.last.T)
 
-    def sandwich(self, rows: RowsLike) -> BlockDiagonal:
+    def project_congruence(self, rows: Rows) -> BlockDiagonal:
         S, S_last = rows.block_gram(self.blocks.shape[1])
         return BlockDiagonal(self.blocks.mT @ S @ self.blocks, self.last.T @ S_last @ self.last)
 
-    def co_sandwich(self, rows: RowsLike) -> BlockDiagonal:
-        return BlockDiagonal(self.blocks.mT, self.last.T).sandwich(rows)
+    def project_cocongruence(self, rows: Rows) -> BlockDiagonal:
+        return BlockDiagonal(self.blocks.mT, self.last.T).project_congruence(rows)
 
     def norm(self) -> Tensor:
         parts = [torch.linalg.vector_norm(t, dtype=wide(t)) for t in self.tensors()]

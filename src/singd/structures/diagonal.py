@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.structures.base import RowsLike, StructuredMatrix, wide
-from singd.structures.border import Border
+from singd.kernels import wide
+from singd.rows import Rows
+from singd.structures.base import StructuredMatrix
 
 
 @dataclass(eq=False, repr=False)
@@ -38,21 +39,23 @@ class Diagonal(StructuredMatrix):
     def project(self, Y: Tensor) -> Diagonal:
         return Diagonal(Y.square().sum(1))
 
-    def project_pair(self, V: Tensor, W: Tensor) -> Diagonal:
-        return Diagonal(2 * (V * W).sum(1))
-
     def trace(self) -> Tensor:
         return self.d.sum(dtype=wide(self.d))
 
-    def outer(self, X: Tensor) -> Tensor:
-        return self.d.square()[:, None] * X
+    # -- for speed -----------------------------------------------------------------------------------
 
-    def outer_(self, X: Tensor) -> Tensor:
-        return X.mul_(self.d.square()[:, None])
+    def project_pair(self, V: Tensor, W: Tensor) -> Diagonal:
+        return Diagonal(2 * (V * W).sum(1))
 
     def add_identity_(self, alpha: float | Tensor) -> Diagonal:
         self.d.add_(alpha)
         return self
+
+    def mm_AAt(self, X: Tensor) -> Tensor:
+        return self.d.square()[:, None] * X
+
+    def mm_AAt_(self, X: Tensor) -> Tensor:
+        return X.mul_(self.d.square()[:, None])
 
     def gram(self) -> Diagonal:
         return Diagonal(self.d.square())
@@ -60,17 +63,11 @@ class Diagonal(StructuredMatrix):
     def cogram(self) -> Diagonal:
         return Diagonal(self.d.square())
 
-    def sandwich(self, rows: RowsLike) -> Diagonal:
+    def project_congruence(self, rows: Rows) -> Diagonal:
         return Diagonal(self.d.square() * rows.squares())
 
-    def co_sandwich(self, rows: RowsLike) -> Diagonal:
-        return self.sandwich(rows)
-
-    def border(self, transposed: bool = False) -> Border:
-        return Border(self.d, self.d.new_zeros(0, self.n), [])
-
-    def with_border(self, border: Border, transposed: bool, off: float = 1.0) -> Diagonal:
-        return Diagonal(border.d)
+    def project_cocongruence(self, rows: Rows) -> Diagonal:
+        return self.project_congruence(rows)
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.d, dtype=wide(self.d))

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from singd.structures.base import StructuredMatrix
+from singd.structures import bordered
+from singd.structures.base import StructuredMatrix, transposed
 from singd.structures.block_diagonal import BlockDiagonal
 from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 from singd.structures.toeplitz import UpperToeplitz
-from singd.structures.triangular import hierarchical, lower, upper_dense_first, upper_dense_last
 
 Make = Callable[..., StructuredMatrix]
 
 
 @dataclass(frozen=True)
-class Structure:
+class StructureSpec:
     """A named way to make identities: ``structure("dense")(4, dtype=torch.float64)``.
 
     Attributes:
@@ -46,126 +46,86 @@ class Structure:
 class Family:
     """Structures with sizes in their name, such as ``block30diagonal``."""
 
-    pattern: str  # "block{}diagonal"
-    make: Callable[..., Make]
+    pattern: StructureSpec  # its name and words have a {} for each size, its make takes them
     shown: tuple[tuple[int, ...], ...]  # the sizes of the members that are listed
-    members: str
-    projection: str
-    numbers: str
-    cost: str
 
-    def of(self, *sizes: int) -> Structure:
-        if any(k < 1 for k in sizes):
-            raise ValueError(f"The sizes in {self.pattern.format(*sizes)!r} must be at least 1.")
-        name = self.pattern.format(*sizes)
-        words = self.members.format(*sizes)
-        return Structure(name, self.make(*sizes), words, self.projection, self.numbers, self.cost)
+    def of(self, *sizes: int) -> StructureSpec:
+        name, words = self.pattern.name.format(*sizes), self.pattern.members.format(*sizes)
+        if min(sizes) < 1:
+            raise ValueError(f"The sizes in {name!r} must be at least 1.")
+        return replace(self.pattern, name=name, make=self.pattern.make(*sizes), members=words)  # type: ignore[arg-type]
 
-    def parse(self, name: str) -> Structure | None:
-        match = re.fullmatch(self.pattern.replace("{}", r"(\d+)"), name)
+    def parse(self, name: str) -> StructureSpec | None:
+        match = re.fullmatch(self.pattern.name.replace("{}", r"(\d+)"), name)
         return self.of(*map(int, match.groups())) if match else None
 
 
-_TOEPLITZ = (
-    r"P(N)_0 = \operatorname{mean}_i N_{ii},\; P(N)_j = 2\operatorname{mean}_i N_{i,i+j}",
-    "d",
-    r"d \log d",
-)
+def _blocks(k: int) -> Make:
+    return partial(BlockDiagonal.eye, k=k)
+
+
 _RANK_K = ("(k+1) d", "k d")
+_TOEPLITZ = r"P(N)_0 = \operatorname{mean}_i N_{ii},\; P(N)_j = 2\operatorname{mean}_i N_{i,i+j}"
+_BLOCKS = r"\text{the diagonal blocks of } N"
+_CORNERS = r"N_{11},\; N_{33},\; 2 N_{12},\; 2 N_{13},\; 2 N_{32},\; \operatorname{diag} N_{22}"
+_LOWER_FIRST = r"N_{11},\; 2 N_{21},\; \operatorname{diag} N_{22}"
+_UPPER_FIRST = r"N_{11},\; 2 N_{12},\; \operatorname{diag} N_{22}"
+_LOWER_LAST = r"\operatorname{diag} N_{11},\; 2 N_{21},\; N_{22}"
+_UPPER_LAST = r"\operatorname{diag} N_{11},\; 2 N_{12},\; N_{22}"
 
-FAMILIES = (
-    Family(
-        "block{}diagonal",
-        lambda k: partial(BlockDiagonal.eye, k=k),
-        ((30,), (3,)),
-        "dense {0} x {0} blocks on the diagonal",
-        r"\text{the diagonal blocks of } N",
-        "k d",
-        "k d",
-    ),
-    Family(
-        "hierarchical{}_{}",
-        hierarchical,
-        ((15, 15), (3, 2)),
-        "dense corners of {} and {}, joined by borders and a diagonal",
-        r"N_{11},\; N_{33},\; 2 N_{12},\; 2 N_{13},\; 2 N_{32},\; \operatorname{diag} N_{22}",
-        "(k_1 + k_2 + 1) d",
-        "(k_1 + k_2) d",
-    ),
-    Family(
-        "trilrank{}first",
-        lambda k: lower(upper_dense_first(k)),
-        ((4,),),
-        "lower triangular: dense block of {} first, its border, a diagonal",
-        r"N_{11},\; 2 N_{21},\; \operatorname{diag} N_{22}",
-        *_RANK_K,
-    ),
-    Family(
-        "triurank{}first",
-        upper_dense_first,
-        ((4,),),
-        "upper triangular: dense block of {} first, its border, a diagonal",
-        r"N_{11},\; 2 N_{12},\; \operatorname{diag} N_{22}",
-        *_RANK_K,
-    ),
-    Family(
-        "trilrank{}last",
-        lambda k: lower(upper_dense_last(k)),
-        ((4,),),
-        "lower triangular: a diagonal, then a border and a dense block of {}",
-        r"\operatorname{diag} N_{11},\; 2 N_{21},\; N_{22}",
-        *_RANK_K,
-    ),
-    Family(
-        "triurank{}last",
-        upper_dense_last,
-        ((4,),),
-        "upper triangular: a diagonal, then a border and a dense block of {}",
-        r"\operatorname{diag} N_{11},\; 2 N_{12},\; N_{22}",
-        *_RANK_K,
-    ),
-)
-
-_FIXED = (
-    Structure("dense", Dense.eye, "all matrices", "N", "d^2", "d^2"),
-    Structure("diagonal", Diagonal.eye, "diagonal matrices", r"\operatorname{diag}(N)", "d", "d"),
+# fmt: off
+FAMILIES = tuple(Family(StructureSpec(*words), shown) for shown, *words in (
+    (((30,), (3,)), "block{}diagonal", _blocks,
+     "dense {0} x {0} blocks on the diagonal", _BLOCKS, "k d", "k d"),
+    (((15, 15), (3, 2)), "hierarchical{}_{}", bordered.hierarchical,
+     "dense corners of {} and {}, joined by borders and a diagonal",
+     _CORNERS, "(k_1 + k_2 + 1) d", "(k_1 + k_2) d"),
+    (((4,),), "trilrank{}first", bordered.lower_first,
+     "lower triangular: dense block of {} first, its border, a diagonal", _LOWER_FIRST, *_RANK_K),
+    (((4,),), "triurank{}first", bordered.upper_first,
+     "upper triangular: dense block of {} first, its border, a diagonal", _UPPER_FIRST, *_RANK_K),
+    (((4,),), "trilrank{}last", bordered.lower_last,
+     "lower triangular: a diagonal, then a border and a dense block of {}", _LOWER_LAST, *_RANK_K),
+    (((4,),), "triurank{}last", bordered.upper_last,
+     "upper triangular: a diagonal, then a border and a dense block of {}", _UPPER_LAST, *_RANK_K),
+))
+_REGISTRY: dict[str, StructureSpec] = {s.name: s for s in (
+    StructureSpec("dense", Dense.eye, "all matrices", "N", "d^2", "d^2"),
+    StructureSpec("diagonal", Diagonal.eye, "diagonal matrices", r"\operatorname{diag}(N)", "d", "d"),
     *(family.of(*sizes) for family in FAMILIES for sizes in family.shown),
-    Structure(
-        "triltoeplitz",
-        lower(UpperToeplitz.eye),
-        "lower triangular, constant along diagonals",
-        *_TOEPLITZ,
-    ),
-    Structure(
-        "triutoeplitz", UpperToeplitz.eye, "upper triangular, constant along diagonals", *_TOEPLITZ
-    ),
-)
-_REGISTRY: dict[str, Structure] = {s.name: s for s in _FIXED}
+    StructureSpec("triltoeplitz", transposed(UpperToeplitz.eye),
+                  "lower triangular, constant along diagonals", _TOEPLITZ, "d", r"d \log d"),
+    StructureSpec("triutoeplitz", UpperToeplitz.eye,
+                  "upper triangular, constant along diagonals", _TOEPLITZ, "d", r"d \log d"),
+)}
+# fmt: on
 
 
-def structure(spec: Any) -> Structure:
+def structure(spec: Any) -> StructureSpec:
     """The structure that is meant by a name, a class or a function.
 
     Args:
         spec: A name (``"dense"``, ``"block64diagonal"``, ``"hierarchical4_8"``), a
-            :class:`~singd.structures.registry.Structure`, a subclass of
-            :class:`~singd.structures.base.StructuredMatrix`, or a function ``(n, *, dtype, device) -> identity``.
+            :class:`~singd.structures.registry.StructureSpec`, a subclass of
+            :class:`~singd.structures.base.StructuredMatrix`, or a function ``(n, *, dtype, device) -> identity``
+            that was made by ``def``, or by ``functools.partial`` of one with plain values.
 
     Raises:
         TypeError: If it is none of these.
-        ValueError: If the name is unknown; the sentence lists the choices.
+        ValueError: If the name is unknown; the sentence lists the choices. Or if it is a function without a name
+            that would mean the same in another process.
     """
-    if isinstance(spec, Structure):
+    if isinstance(spec, StructureSpec):
         return spec
     if isinstance(spec, type) and issubclass(spec, StructuredMatrix):
-        return _named(spec.__name__, spec.eye)
+        return _registered(spec.eye) or StructureSpec(spec.__name__, spec.eye)
     if callable(spec):
-        return _named(getattr(spec, "__name__", repr(spec)), spec)
+        return _registered(spec) or StructureSpec(_lasting_name(spec), spec)
     if not isinstance(spec, str):
         raise TypeError(f"A structure must be a name, a class or a function of n, got {spec!r}.")
     known = _REGISTRY.get(spec) or _sized(spec)
     if known is None:
-        patterns = [family.pattern.format("K", "K") for family in FAMILIES]
+        patterns = [family.pattern.name.format("K", "K") for family in FAMILIES]
         choices = ", ".join([name for name in _REGISTRY if not re.search(r"\d", name)] + patterns)
         raise ValueError(
             f"Unknown structure {spec!r}; choose from {choices} (K is a size of your choice)."
@@ -174,22 +134,38 @@ def structure(spec: Any) -> Structure:
 
 
 @cache
-def _sized(name: str) -> Structure | None:
+def _sized(name: str) -> StructureSpec | None:
     """The member of a family, always the same object for the same name."""
     return next((s for s in (family.parse(name) for family in FAMILIES) if s is not None), None)
 
 
-def _named(name: str, make: Make) -> Structure:
-    """A user's structure: the registered one if it is, so that it goes by one name only."""
-    for known in _REGISTRY.values():
-        if known.make == make:
-            return known
-    return Structure(name, make)
+def _registered(make: Make) -> StructureSpec | None:
+    """The structure that has been registered with this function, so that it goes by one name only."""
+    return next((known for known in _REGISTRY.values() if known.make == make), None)
+
+
+def _lasting_name(make: Any) -> str:
+    """A function's name, which a checkpoint keeps; of a partial one, with the values that it fixes."""
+    if isinstance(make, partial):
+        values = [*make.args, *make.keywords.values()]
+        if all(isinstance(v, int | float | str | None) for v in values):
+            fixed = [
+                *map(repr, make.args),
+                *(f"{k}={v!r}" for k, v in sorted(make.keywords.items())),
+            ]
+            return f"{_lasting_name(make.func)}({', '.join(fixed)})"
+    name = getattr(make, "__name__", "<")
+    if name.startswith("<"):
+        raise ValueError(
+            f"The structure {make!r} has no name that a checkpoint could keep; "
+            "make it by def, or give it a name by register_structure."
+        )
+    return make.__qualname__ if hasattr(make, "__self__") else name
 
 
 def register_structure(
     name: str, make: Make | type[StructuredMatrix], members: str = ""
-) -> Structure:
+) -> StructureSpec:
     """Give a structure a name, usable wherever one is.
 
     Args:
@@ -209,10 +185,10 @@ def register_structure(
         known = None
     if known is not None and known.make != maker:
         raise ValueError(f"The structure name {name!r} is taken; choose another one.")
-    _REGISTRY[name] = Structure(name, maker, members)
+    _REGISTRY[name] = StructureSpec(name, maker, members)
     return _REGISTRY[name]
 
 
-def registered_structures() -> dict[str, Structure]:
+def registered_structures() -> dict[str, StructureSpec]:
     """All names with a structure, families by a few members: what tests, tables and pictures go over."""
     return dict(_REGISTRY)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from singd import products
-from singd.layers import DenseRows, WithOnes
-from singd.products import symmetric
+from singd.kernels import cpu_products
+from singd.kernels.cpu_products import matmul_symmetric
+from singd.rows import DenseRows, WithOnes
 from singd.structures import Dense
 
 F64 = torch.float64
@@ -14,8 +14,8 @@ F64 = torch.float64
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of three, so that small matrices have many of them and an incomplete last one."""
-    monkeypatch.setattr(products, "BLOCK", 3)
-    monkeypatch.setattr(products, "LEAST", 10)
+    monkeypatch.setattr(cpu_products, "BLOCK", 3)
+    monkeypatch.setattr(cpu_products, "LEAST", 10)
 
 
 def close(actual, expected):
@@ -27,10 +27,10 @@ def close(actual, expected):
 def test_half_a_product_is_the_whole(small_blocks, n, m):
     A, S = torch.randn(n, m, dtype=F64), torch.randn(m, m, dtype=F64)
     assert_same = torch.testing.assert_close
-    assert_same(symmetric(A, A.T), A @ A.T)
-    assert_same(symmetric(A, (S + S.T) @ A.T), A @ ((S + S.T) @ A.T))
+    assert_same(matmul_symmetric(A, A.T), A @ A.T)
+    assert_same(matmul_symmetric(A, (S + S.T) @ A.T), A @ ((S + S.T) @ A.T))
     B = A.T.contiguous().T  # columns are contiguous instead of rows
-    assert_same(symmetric(B, B.T), A @ A.T)
+    assert_same(matmul_symmetric(B, B.T), A @ A.T)
 
 
 @pytest.mark.parametrize("n", [1, 5, 7, 20])
@@ -39,8 +39,8 @@ def test_halves_add_up_to_the_whole(small_blocks, n, dtype):
     parts = [torch.randn(n, m) for m in (0, 1, 8, 31)]  # of some, all of the product is formed
     total = torch.zeros(n, n, dtype=dtype)
     for L in parts:
-        products.add_symmetric_(total, L, L.T)
-    products.mirror_(total)
+        cpu_products.add_symmetric_(total, L, L.T)
+    cpu_products.mirror_(total)
     A = torch.cat(parts, dim=1).to(dtype)
     torch.testing.assert_close(total, A @ A.T, rtol=0, atol=2e-5)
 
@@ -48,12 +48,11 @@ def test_halves_add_up_to_the_whole(small_blocks, n, dtype):
 def test_halving_is_what_happens(small_blocks):
     # of a product that is not symmetric, the lower half counts
     A, B = torch.randn(9, 8, dtype=F64), torch.randn(8, 9, dtype=F64)
-    assert products.halving_pays(9, 8, A.device)
+    assert cpu_products.halving_pays(9, 8)
     lower = (A @ B).tril()
-    blocks = symmetric(A, B)
+    blocks = matmul_symmetric(A, B)
     torch.testing.assert_close(blocks.tril(-3), lower.tril(-3))
     assert not torch.allclose(blocks, A @ B)
-    assert not products.halving_pays(9, 8, torch.device("meta"))
 
 
 @pytest.mark.parametrize("n", [1, 7, 13])
@@ -61,9 +60,9 @@ def test_halving_is_what_happens(small_blocks):
 def test_dense_routes(small_blocks, n, m):
     K, A, X = (torch.randn(*s, dtype=F64) for s in ((n, n), (m, n), (n, m)))
     rows = DenseRows(A)
-    close(Dense(K).sandwich(rows).a, K.T @ A.T @ A @ K)
-    close(Dense(K).co_sandwich(rows).a, K @ A.T @ A @ K.T)
-    close(Dense(K).outer(X), K @ K.T @ X)
+    close(Dense(K).project_congruence(rows).a, K.T @ A.T @ A @ K)
+    close(Dense(K).project_cocongruence(rows).a, K @ A.T @ A @ K.T)
+    close(Dense(K).mm_AAt(X), K @ K.T @ X)
     close(Dense(K).gram().a, K.T @ K)
     close(Dense(K).cogram().a, K @ K.T)
     close(rows.gram(), A.T @ A)
@@ -72,40 +71,14 @@ def test_dense_routes(small_blocks, n, m):
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(16, 5, 17), (9, 4, 9), (1, 3, 40), (16, 16, 16), (20, 0, 11)])
 def test_aligned_products(monkeypatch, sizes, dtype):
-    monkeypatch.setattr(products, "ALIGNED", 2)  # small matrices count as large
-    monkeypatch.setattr(products, "NARROW", 0)
+    monkeypatch.setattr(cpu_products, "ALIGNED", 2)  # small matrices count as large
     n, k, m = sizes
     A, B = torch.randn(n, k).to(dtype), torch.randn(k, m).to(dtype)
     for left in (A, A.T.contiguous().T):
-        product = products.multiply(left, B)
+        product = cpu_products.matmul(left, B)
         torch.testing.assert_close(product, left @ B)
         odd = m % 2 == 1 and n >= 16 and dtype != torch.bfloat16
         assert product.stride(0) == (m + 1 if odd and m >= 16 else m)
-
-
-@pytest.mark.parametrize("m", [0, 1, 5, 16])
-def test_narrow_products_are_stored_as_rows(m):
-    A, B = torch.randn(16, 7, dtype=F64), torch.randn(7, m, dtype=F64)
-    for left in (A, A.T.contiguous().T):
-        product = products.multiply(left, B)
-        torch.testing.assert_close(product, left @ B)
-        assert m in (0, 16) or product.stride(0) == 1
-
-
-@pytest.mark.parametrize(
-    "shape", [(3, 2, 4, 4), (2, 5, 3, 2), (1, 4, 8), (4, 9), (3, 0, 4), (0, 4)]
-)
-def test_rows_of_a_view(monkeypatch, shape):
-    monkeypatch.setattr(products, "APART", 4)  # short rows count as long ones
-    monkeypatch.setattr(products, "ALIGNED", 2)
-    view = torch.randn(shape[::-1], dtype=F64, requires_grad=True).permute(*range(len(shape))[::-1])
-    for first in range(1, len(shape)):
-        rows = products.as_rows(view, first)
-        n, m = view.shape[:first].numel(), view.shape[first:].numel()
-        assert torch.equal(rows, view.reshape(n, m))
-        assert (rows.stride(0) == m + products.ALIGNED) == (m > 0 and m % 4 == 0)
-        (gradient,) = torch.autograd.grad(rows.sum(), view)
-        assert torch.equal(gradient, torch.ones_like(view))
 
 
 @pytest.mark.parametrize("d", [1, 29, 30, 31, 32, 33, 60, 61, 62, 75, 95])
@@ -123,6 +96,6 @@ def test_blocks_of_a_gram_matrix(d, k):
 
 def test_products_can_still_be_differentiated():
     A = torch.randn(257, 131, dtype=F64, requires_grad=True)
-    products.multiply(A, A.T[:, :129]).sum().backward()
-    symmetric(A, A.T).sum().backward()
+    cpu_products.matmul(A, A.T[:, :129]).sum().backward()
+    matmul_symmetric(A, A.T).sum().backward()
     assert A.grad is not None

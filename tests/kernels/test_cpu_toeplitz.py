@@ -3,28 +3,29 @@
 import pytest
 import torch
 
-from singd.structures import UpperToeplitz, toeplitz
+from singd.kernels import cpu_toeplitz
+from singd.structures import UpperToeplitz
 
 F64 = torch.float64
 
 
 @pytest.fixture
 def always_by_fft(monkeypatch):
-    monkeypatch.setattr(toeplitz, "SMALL", 0)
+    monkeypatch.setattr(cpu_toeplitz, "SMALL", 0)
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 10**6])
 @pytest.mark.parametrize("m", [0, 1, 2, 7])
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 33])
 def test_fft_routes(always_by_fft, monkeypatch, n, m, chunk):
-    monkeypatch.setattr(toeplitz, "CHUNK", chunk)
+    monkeypatch.setattr(cpu_toeplitz, "CHUNK", chunk)
     A, B = (UpperToeplitz(torch.randn(n, dtype=F64)) for _ in range(2))
     a, X = A.dense(), torch.randn(n, m, dtype=F64)
     pairs = [
         (A.mm(X), a @ X),
         (A.tmm(X), a.T @ X),
-        (A.outer(X), a @ a.T @ X),
-        (A.co_outer(X), a.T @ a @ X),
+        (A.mm_AAt(X), a @ a.T @ X),
+        (A.mm_AtA(X), a.T @ a @ X),
         (A.mm(X.T.contiguous().T), a @ X),
         ((A @ B).dense(), a @ B.dense()),
     ]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement, pairwise
 from typing import NamedTuple
 
-from singd.layers.windows import Kernel
-from singd.products import symmetric_share
+from singd.kernels.cpu_products import symmetric_share
+from singd.kernels.patches import Window
 
 
 class Product(NamedTuple):
@@ -79,23 +79,23 @@ class Plan:
         return sum((p.hi - p.lo) * (half if p.symmetric else 1.0) for p in self.products)
 
 
-def plan_products(kernel: Kernel, axis: int, n: int, zeros: tuple[int, int]) -> Plan:
+def plan_products(window: Window, axis: int, n: int, zeros: tuple[int, int]) -> Plan:
     """Plan the products along one axis.
 
     Args:
-        kernel: The kernel.
+        window: The window.
         axis: One of its axes.
         n: The size of the padded input along it.
         zeros: How many rows at its start and its end are known to be zero.
     """
     before, after = zeros
-    positions, stride = kernel.places(axis, n), kernel.stride[axis]
+    positions, stride = window.output_size(axis, n), window.stride[axis]
     # At position o, offset p meets row start + o of its phase, not counting the zeros before.
-    meets = [divmod(p * kernel.dilation[axis] - before, stride) for p in range(kernel.size[axis])]
+    meets = [divmod(p * window.dilation[axis] - before, stride) for p in range(window.size[axis])]
     length = [len(range(phase, n - before - after, stride)) for phase in range(stride)]
 
     families = defaultdict(list)
-    for p, q in combinations_with_replacement(range(kernel.size[axis]), 2):
+    for p, q in combinations_with_replacement(range(window.size[axis]), 2):
         (start, U), (other_start, V) = meets[p], meets[q]
         families[U, V, other_start - start].append((p, q, start))
 
@@ -119,18 +119,18 @@ def plan_products(kernel: Kernel, axis: int, n: int, zeros: tuple[int, int]) -> 
 
 
 def cheapest_plan(
-    kernel: Kernel, shape: tuple[int, ...], zeros: list[tuple[int, int]]
+    window: Window, shape: tuple[int, ...], zeros: list[tuple[int, int]]
 ) -> Plan | None:
     """The plan for the axis where sharing products pays most, or None if it pays on none.
 
     Args:
-        kernel: The kernel.
+        window: The window.
         shape: The padded input's, [B, C, *n].
         zeros: For each axis, how many rows at its start and its end are known to be zero.
     """
     batch, channels, *sizes = shape
-    width = channels * kernel.numel
-    positions = [kernel.places(axis, n) for axis, n in enumerate(sizes)]
+    width = channels * window.numel
+    positions = [window.output_size(axis, n) for axis, n in enumerate(sizes)]
     # Multiplications, plainly and by each plan. All else was measured on a CPU and put in the same
     # unit: unfolding a number, starting a product, moving a number of the blocks to its place.
     unfolded = float(batch * width)
@@ -139,11 +139,11 @@ def cheapest_plan(
     whole, best = unfolded * width, None
     least = whole * symmetric_share(width) + 100 * unfolded
     for axis, n in enumerate(sizes):
-        plan = plan_products(kernel, axis, n, zeros[axis])
-        share = plan.work(width // kernel.size[axis]) / (positions[axis] * kernel.size[axis] ** 2)
+        plan = plan_products(window, axis, n, zeros[axis])
+        share = plan.work(width // window.size[axis]) / (positions[axis] * window.size[axis] ** 2)
         cost = (
             share * whole
-            + 100 * unfolded / kernel.size[axis]
+            + 100 * unfolded / window.size[axis]
             + 3e6 * len(plan.products)
             + 50 * width**2
         )
