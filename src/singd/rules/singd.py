@@ -1,12 +1,12 @@
 r"""The rule of SINGD, one function per equation of the paper.
 
-:math:`K, C` are the factors of one layer, :math:`m_K, m_C` their Riemannian momenta, :math:`H_K = P(K^\top U
-K)` and
-:math:`H_C = P(C^\top G C)` the projected curvature, and :math:`\operatorname{tr}` the *average* trace.
+:math:`K, C` are the factors of one layer, :math:`m_K, m_C` their Riemannian momenta,
+:math:`H_K = P(K^\top U K)` and :math:`H_C = P(C^\top G C)` the projected curvature, and
+:math:`\operatorname{tr}` the *average* trace.
 
-Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705. With dense factors
-    it is
-INGD: Lin et al., "Simplifying Momentum-based Riemannian Submanifold Optimization", ICML 2023, arXiv:2302.09738.
+Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705. With dense
+factors it is INGD: Lin et al., "Simplifying Momentum-based Riemannian Submanifold Optimization", ICML 2023,
+arXiv:2302.09738.
 """
 
 from __future__ import annotations
