@@ -12,7 +12,8 @@ from torch import Tensor
 
 from singd.structures import StructureSpec, structure
 
-FORMAT = 2  # of a checkpoint; 2 stores bordered factors natively; raised when an older version could not read a newer one's
+# Of a checkpoint; raised when an older version could not read a newer one's. 2 stores bordered factors natively.
+FORMAT = 2
 
 KFAC_APPROX = ("expand", "reduce")
 LOSS_AVERAGE = (None, "batch", "batch+sequence")

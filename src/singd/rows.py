@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -20,17 +19,14 @@ class Rows(ABC):
 
     A structure asks for as little as it needs: a diagonal one for `squares`, a dense one for
     `gram`, and only a structure that has no better idea for `matrix`.
+
+    Attributes:
+        count: The number of rows m.
+        width: The number of columns d.
     """
 
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """The number of rows m."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """The number of columns d."""
+    count: int
+    width: int
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -92,15 +88,7 @@ class DenseRows(Rows):
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-
-    @property
-    def count(self) -> int:
-        return self._rows.shape[:-1].numel()
-
-    @property
-    def width(self) -> int:
-        return self._rows.shape[-1]
+        self._rows, self.count, self.width = rows, rows.shape[:-1].numel(), rows.shape[-1]
 
     def matrix(self) -> Tensor:
         rows = self._rows
@@ -132,15 +120,7 @@ class WithOnes(Rows):
     """
 
     def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-
-    @property
-    def count(self) -> int:
-        return self._rows.count
-
-    @property
-    def width(self) -> int:
-        return self._rows.width + 1
+        self._rows, self.count, self.width = rows, rows.count, rows.width + 1
 
     def matrix(self) -> Tensor:
         # Part by part, so that A is not held beside [A | 1].
@@ -186,13 +166,13 @@ def _total(rows: Tensor) -> Tensor:
 
 def _beside_ones(count: int, parts: Iterator[Tensor]) -> Tensor:
     """[A | 1] for A [count, d] in parts, in their layout: a transposed A stays cheap to turn."""
-    part, done = next(parts), 0
-    across = part.stride(-1) != 1
-    if len(part) == count:
-        return pad(part.T, (0, 0, 0, 1), value=1).T if across else pad(part, (0, 1), value=1)
-    shape = count, part.shape[1] + 1
-    out = part.new_ones(shape[::-1]).T if across else part.new_ones(shape)
-    for part in itertools.chain([part], parts):
+    out, done = torch.empty(0), 0
+    for part in parts:
+        across, shape = part.stride(-1) != 1, (count, part.shape[1] + 1)
+        if len(part) == count:
+            return pad(part.T, (0, 0, 0, 1), value=1).T if across else pad(part, (0, 1), value=1)
+        if not done:
+            out = part.new_ones(shape[::-1]).T if across else part.new_ones(shape)
         out[done : done + len(part), :-1] = part
         done += len(part)
     return out

@@ -9,7 +9,7 @@ import torch
 from timing import median_seconds
 
 from singd.rows import DenseRows
-from singd.structures import StructureSpec, StructuredMatrix
+from singd.structures import StructuredMatrix, StructureSpec
 from singd.update import moved_factor, riemannian_momenta
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)

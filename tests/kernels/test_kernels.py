@@ -116,7 +116,9 @@ def agree(found, expected, name, dtype):
     if name == "batches":
         assert torch.equal(torch.cat(found), expected[0])
         return
-    pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+    pairs = (
+        zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+    )
     for mine, plain in pairs:
         assert mine.dtype == plain.dtype
         # sums of many terms: an error is relative to the largest of them, and those formed term by
@@ -154,7 +156,9 @@ def test_a_kernel_of_a_user(monkeypatch):
     matmul = KERNELS["matmul"]
     monkeypatch.setattr(matmul, "twins", dict(matmul.twins))
     calls = []
-    kernels.register_kernel("matmul", "meta", lambda A, B: calls.append(A) or A @ B, lambda A, B: len(A) > 2)
+    kernels.register_kernel(
+        "matmul", "meta", lambda A, B: calls.append(A) or A @ B, lambda A, B: len(A) > 2
+    )
     for n in (2, 3):
         matmul(torch.ones(n, 4, device="meta"), torch.ones(4, 5, device="meta"))
     assert [len(A) for A in calls] == [3]

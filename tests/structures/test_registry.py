@@ -32,7 +32,10 @@ def test_sizes_in_names_are_bound():
     A = structure("hierarchical4_8")(30)
     assert (A.first, A.last) == (4, 8)
     small = structure("hierarchical4_8")(6)
-    assert (small.first, small.last) == (4, 2)  # the first rows, then the last ones, then the middle
+    assert (small.first, small.last) == (
+        4,
+        2,
+    )  # the first rows, then the last ones, then the middle
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,9 @@ def test_functions_have_a_name_that_lasts_or_are_refused():
         functools.partial(lambda k, n, **kw: BlockDiagonal.eye(n, k=k, **kw), 3),
         functools.partial(BlockDiagonal.eye, k=torch.tensor(3)),
     ):
-        with pytest.raises(ValueError, match="no name that a checkpoint could keep; make it by") as e:
+        with pytest.raises(
+            ValueError, match="no name that a checkpoint could keep; make it by"
+        ) as e:
             structure(nameless)
         assert "\n" not in str(e.value)
     named = register_structure("named", nameless)

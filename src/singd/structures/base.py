@@ -347,7 +347,9 @@ class StructuredMatrix(ABC):
     def _repr_html_(self) -> str:
         index, columns = picture.sampled(self.n)
         entries = self.mm(columns.to(dtype=self.dtype, device=self.device))[index.to(self.device)]
-        words = f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
+        words = (
+            f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
+        )
         numbers = f"{self.numel:,} numbers, {self.numel / max(1, self.n) ** 2:.1%} of dense"
         return picture.html_picture(entries, words, numbers)
 
@@ -383,9 +385,6 @@ class Transposed(StructuredMatrix):
 
     def project(self, Y: Tensor) -> Transposed:
         return Transposed(self.of.project(Y))
-
-    def project_pair(self, V: Tensor, W: Tensor) -> Transposed:
-        return Transposed(self.of.project_pair(V, W))
 
     def add_identity_(self, alpha: float | Tensor) -> Transposed:
         self.of.add_identity_(alpha)

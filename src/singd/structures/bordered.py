@@ -167,7 +167,9 @@ class Bordered(StructuredMatrix):
         return out
 
     def preconditioner(self) -> Preconditioner:
-        N = self.mm(self._rows().T).T  # the rows of K K^T, whose others are diagonal but for their transposes
+        N = self.mm(
+            self._rows().T
+        ).T  # the rows of K K^T, whose others are diagonal but for their transposes
         d, k, end = pad(self.d.square(), (self.first, self.last))[:, None], self.first, self._end
 
         def multiply_(X: Tensor) -> Tensor:

@@ -155,7 +155,10 @@ def _lasting_name(make: Any) -> str:
     if isinstance(make, partial):
         values = [*make.args, *make.keywords.values()]
         if all(isinstance(v, int | float | str | None) for v in values):
-            fixed = [*map(repr, make.args), *(f"{k}={v!r}" for k, v in sorted(make.keywords.items()))]
+            fixed = [
+                *map(repr, make.args),
+                *(f"{k}={v!r}" for k, v in sorted(make.keywords.items())),
+            ]
             return f"{_lasting_name(make.func)}({', '.join(fixed)})"
     name = getattr(make, "__name__", "<")
     if name.startswith("<"):
