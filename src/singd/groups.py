@@ -52,11 +52,12 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
         "nesterov": False,
         "match_rms": None,
         "fallback": ADAMW,
+        "cache_products": True,
     }
 )
 
 OPTIONS = (
-    *(name for name in PUBLISHED if name != "fallback"),
+    *(name for name in PUBLISHED if name not in ("fallback", "cache_products")),
     "lr",
     "kfac_like",
     "preconditioner_dtype",
@@ -244,10 +245,11 @@ def check_adamw(group: Mapping[str, Any]) -> None:
 
 def check_whole(given: Mapping[str, Any]) -> None:
     """Check the options of the whole optimizer; raises as :func:`check_singd`."""
-    for name in ("cache_products", "shard_factors", "warn_unsupported"):
+    for name in ("shard_factors", "warn_unsupported"):
         _boolean(name, given[name])
-    if given["average_gradients"] is not None:
-        _boolean("average_gradients", given["average_gradients"])
+    for name in ("cache_products", "average_gradients"):
+        if given[name] is not None:
+            _boolean(name, given[name])
     grad_scaler = given["grad_scaler"]
     if grad_scaler is not None and not (
         hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")

@@ -88,8 +88,9 @@ class SINGD(torch.optim.Optimizer):
         fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); its lr is that of SINGD
             unless given. None: leave them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
-        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates (T > 1) of all but diagonal and
-            Toeplitz factors: of dense ones, half the cost of a step. It takes half of the factors' memory again.
+        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates of all but diagonal and Toeplitz
+            factors: of dense ones, half the cost of a step, for as much memory as K and C take. None: where
+            they take at most half as much as the weight.
         average_gradients: With several processes: average the gradients over them in ``step``. None: unless
             DistributedDataParallel has done it. (One that is built after SINGD is seen in its forwards, for
             a short message per step.)
@@ -135,7 +136,7 @@ class SINGD(torch.optim.Optimizer):
         match_rms: float | None = 0.2,
         fallback: Mapping[str, Any] | None = groups.SAME,
         grad_scaler: torch.amp.GradScaler | None = None,
-        cache_products: bool = True,
+        cache_products: bool | None = None,
         average_gradients: bool | None = None,
         shard_factors: bool = False,
     ):
