@@ -84,7 +84,9 @@ class SINGD(torch.optim.Optimizer):
             "gradient", before the preconditioner.
         nesterov: Whether the momentum is Nesterov's.
         match_rms: Scale the direction of each parameter to this root mean square, so that learning rates of AdamW
-            carry over; 0.2 is usual. None: as it is.
+            carry over: with 1, a step moves weights by ``lr`` on average. (Muon's 0.2 is for long runs of
+            large models.)
+            None: as it is.
         fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); its lr is that of SINGD
             unless given. None: leave them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
@@ -133,7 +135,7 @@ class SINGD(torch.optim.Optimizer):
         fast_start: bool = True,
         momentum_on: str = "gradient",
         nesterov: bool = True,
-        match_rms: float | None = 0.2,
+        match_rms: float | None = 1.0,
         fallback: Mapping[str, Any] | None = groups.SAME,
         grad_scaler: torch.amp.GradScaler | None = None,
         cache_products: bool | None = None,

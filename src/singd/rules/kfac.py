@@ -102,4 +102,9 @@ class Kfac(Rule):
 
 def _inverse(t: Tensor) -> Tensor:
     """Of a diagonal [n], or of positive definite matrices [..., n, n]; nan of others, without waiting."""
-    return 1 / t if t.ndim == 1 else torch.cholesky_inverse(torch.linalg.cholesky_ex(t)[0])
+    if t.ndim == 1:
+        return torch.where(t > 0, 1 / t, torch.nan)
+    L, failed = torch.linalg.cholesky_ex(t)
+    failed = (failed > 0)[..., None, None]
+    I = torch.eye(t.shape[-1], dtype=t.dtype, device=t.device)
+    return torch.cholesky_inverse(torch.where(failed, I, L)).masked_fill(failed, torch.nan)
