@@ -226,20 +226,20 @@ _ = axes[0].legend()
 loss = {key: torch.tensor([r[0] for r in rows]) for key, rows in runs.items()}
 ratio = {n: loss[n, "bfloat16"] / loss[n, "float32"] for n in COLOR}
 assert ratio["KFAC"][0] > 10
-assert all((ratio[n].log().abs() < 0.7).all() for n in list(COLOR)[1:3])
+assert all(loss[n, "bfloat16"].max() < 1 for n in list(COLOR)[1:3])
 assert all((ratio[n][2:].log().abs() < 0.3).all() for n in COLOR)
 assert min(loss[n, "bfloat16"].min() for n in COLOR) < 0.04
 assert loss["KFAC", "bfloat16"].argmin() == 2
 dense, blocks, diagonal = (loss[n, "bfloat16"][2] for n in list(COLOR)[:3])
-assert dense < blocks < diagonal
+assert dense < min(blocks, diagonal)
 # sphinx_gallery_end_ignore
 
 # %%
 # From :math:`10^{-4}` on, both panels agree. KFAC is lowest there, and of the
-# structures the one that holds most. With far less damping, KFAC in bfloat16
-# explodes, and dense SINGD suffers. Blocks and the diagonal hardly notice: the
-# eigenvalues of a block lie inside the range of the whole matrix, so rounding
-# has less to destroy.
+# structures the dense one. With far less damping, KFAC in bfloat16 explodes.
+# Dense SINGD suffers (with other seeds, it may explode as well). Blocks and
+# the diagonal still train. One reason: the eigenvalues of a block lie inside
+# the range of the whole matrix, so rounding has less to destroy.
 #
 # What does it cost?
 
@@ -268,15 +268,14 @@ assert kept[1] < 0.15 * kept[0]
 # When not to use this
 # --------------------
 #
-# Where layers have a few hundred inputs, dense factors cost little. Take
-# structures when memory or time is short.
+# Where layers have a few hundred inputs, dense factors cost little.
 #
 # .. admonition:: Lessons learned
 #
 #    - A structure is a subalgebra; inverses come for free.
 #    - :math:`P` fits :math:`M + M^\top`; skew members are left out.
 #    - Structures trade loss for memory.
-#    - In bfloat16, the smaller the damping, the smaller the structure.
+#    - In bfloat16, take enough damping, or a small structure.
 #
 # .. admonition:: Exercise
 #
