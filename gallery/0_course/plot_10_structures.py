@@ -87,8 +87,7 @@ for ax, row in zip(axes[:, 0], rows):
 
 # %%
 # The tridiagonal set is left by the first product, and its inverses are full.
-# The other three are subalgebras. (Toeplitz ones also repeat one number along
-# each diagonal; that is kept, too.)
+# The other three are subalgebras. (Toeplitz ones keep equal diagonals, too.)
 #
 # The projection
 # --------------
@@ -128,7 +127,7 @@ for name, build in registered_structures().items():
 # %%
 # Toeplitz and diagonal structures have no skew members, so their :math:`P` is
 # the only choice. In a dense block, the freedom is a rotation of :math:`K`,
-# which :math:`K K^\top` does not show.
+# which :math:`K K^\top` does not show to first order.
 #
 # From scratch
 # ------------
@@ -300,7 +299,7 @@ assert kept[1] < 0.15 * kept[0]
 #
 # .. dropdown:: Solution
 #
-#    Yes. All are sums of powers of one matrix, the cyclic shift.
+#    Yes: all are sums of powers of the cyclic shift. First rows are convolved.
 #
 #    .. code-block:: python
 #
@@ -311,6 +310,8 @@ assert kept[1] < 0.15 * kept[0]
 #        v, w = torch.randn(2, N, dtype=torch.float64)
 #        for M in (circulant(v) @ circulant(w), circulant(v).inverse()):
 #            torch.testing.assert_close(M, circulant(M[0]))
+#        row = torch.fft.ifft(torch.fft.fft(v) * torch.fft.fft(w)).real
+#        torch.testing.assert_close((circulant(v) @ circulant(w))[0], row)
 #
 # Where to go next: this was the last lesson.
 # :ref:`sphx_glr_auto_gallery_4_structures_plot_42_closure.py` cuts products
