@@ -336,7 +336,8 @@ for pi, method in ((True, with_pi), (False, factored)):
 #            cosine = (N * V[0]).sum() / (N.norm() * V[0].norm())
 #            assert cosine > 0.9999
 #
-# Where to go next: :doc:`/interactive` lets you move these filters.
+# Where to go next: :doc:`/interactive` lets you move these filters, and
+# :ref:`sphx_glr_auto_gallery_0_course_plot_06_kfac_from_scratch.py` trains.
 # :ref:`sphx_glr_auto_gallery_2_features_plot_24_mixed_precision.py` needs
 # damping for another reason, rounding. :doc:`/choosing` says which
 # ``damping`` to give :class:`~singd.SINGD`.
