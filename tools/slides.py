@@ -184,7 +184,7 @@ class Deck:
         self.title, self.used = title, ROOM
 
     def add(self, content: str, height: float = ROOM) -> None:
-        if self.used + height > ROOM:
+        if self.used + height > ROOM + 1e-6:
             self.slides.append((self.title, []))
             self.used = 0.0
         self.slides[-1][1].append(content)
