@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from models import mlp, model_and_batches, train
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 BAD = [
     (dict(lr=-1.0), ValueError, "lr must be a finite number >= 0, got -1.0."),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from singd import PUBLISHED, SINGD
+
 ROOT = pathlib.Path(__file__).parent.parent
 F64 = torch.float64
 
@@ -117,3 +119,30 @@ def test_the_measured_states_are_those_of_the_benchmark():
         f"and {without:.1f} times without them; with diagonal factors it is "
         f"{share['diagonal, T=10']:.2f} times."
     ) in text
+
+
+# -- the published values --------------------------------------------------------------------------------
+
+
+def test_the_symbol_table_has_the_published_values():
+    rows = re.findall(
+        r"^\| .* \| `(\w+)` \| ([\d.e-]+) \|$", (ROOT / "docs" / "concepts.md").read_text(), re.M
+    )
+    values = {name: float(value) for name, value in rows}
+    assert values.pop("lr") == 1e-3  # the learning rate is always the user's
+    assert values.pop("momentum_buffer") == 0  # where it starts
+    assert values == {name: PUBLISHED[name] for name in values}
+    assert {"momentum", "weight_decay", "lr_cov", "alpha1", "damping", "T"} <= set(values)
+
+
+def test_kfac_shares_its_damping_out_as_the_concepts_page_says():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(8, 4, dtype=F64)
+    optimizer = SINGD(layer, **(PUBLISHED | {"rule": "kfac", "lr": 1.0, "momentum": 0.0}))
+    before = layer.weight.detach().clone()
+    layer(x).square().sum(1).mean().backward()
+    dW = layer.weight.grad.clone()
+    optimizer.step()
+    U, G, *_ = (M.dense() for M in optimizer.factors(layer))
+    torch.testing.assert_close(before - layer.weight.detach(), kfac(U, G, dW, 1e-3, pi=True))

@@ -39,23 +39,23 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, STOP, BATCH = 90, 45, 64
+OPTIONS = PUBLISHED | dict(lr=3e-3, T=2, lr_cov=0.2, normalize_lr_cov=True)
 _ = torch.set_num_threads(1)  # the same digits on every machine
 folder = tempfile.TemporaryDirectory()  # removed when Python ends
 path = pathlib.Path(folder.name) / "checkpoint.pt"
 
-data = load_digits()
-images = torch.tensor(data.data, dtype=torch.float32) / 16
-labels = torch.tensor(data.target)
+images, labels = map(torch.tensor, load_digits(return_X_y=True))
+images = images.float() / 16
 
 
 def build():
     """A model, its optimizer, and the generator of the batches."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    optimizer = SINGD(model, lr=3e-3, T=2, lr_cov=0.2, normalize_lr_cov=True)
+    optimizer = SINGD(model, **OPTIONS)
     return model, optimizer, torch.Generator().manual_seed(1)
 
 
@@ -219,7 +219,8 @@ assert sizes["K"] == sizes["m_K"] == max(sizes.values())
 # A checkpoint that does not fit is refused with the layer's name, and nothing
 # has changed then.
 
-other = SINGD(build()[0], structures=("diagonal", "dense"))
+DIAGONAL = OPTIONS | dict(structures=("diagonal", "dense"))
+other = SINGD(build()[0], **DIAGONAL)
 try:
     other.load_state_dict(torch.load(path, weights_only=True)["optimizer"])
 except ValueError as error:

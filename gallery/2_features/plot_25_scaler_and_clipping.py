@@ -37,10 +37,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH = 60, 64
-FACTORS = dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
+FACTORS = PUBLISHED | dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 data = load_digits()

@@ -37,10 +37,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 BATCH, STEPS = 96, 12
-OPTIONS = dict(lr=1e-2, T=1, lr_cov=0.1, damping=1e-2)
+OPTIONS = PUBLISHED | dict(lr=1e-2, T=1, lr_cov=0.1, damping=1e-2)
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 data = load_digits()
@@ -61,7 +61,7 @@ start = start.double()
 def fit(parts, weight="share", **options):
     """The first layer's K, C and W after each step."""
     model, history = copy.deepcopy(start), []
-    optimizer = SINGD(model, **{**OPTIONS, **options})
+    optimizer = SINGD(model, **(OPTIONS | options))
     for step in range(STEPS):
         batch = torch.arange(step * BATCH, (step + 1) * BATCH)
         optimizer.zero_grad()

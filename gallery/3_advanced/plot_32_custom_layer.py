@@ -34,11 +34,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD, register_layer
+from singd import PUBLISHED, SINGD, register_layer
 from singd.layers import LinearKind, find_kind
 
 STEPS, BATCH = 100, 64
-OPTIONS = dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
+OPTIONS = PUBLISHED | dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
+OPTIONS |= dict(fallback=dict(lr=1e-2))
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 
@@ -67,7 +68,7 @@ def network(layer):
     return nn.Sequential(layer(64, 32), nn.ReLU(), layer(32, 10))
 
 
-print(SINGD(network(Transposed)))
+print(SINGD(network(Transposed), **OPTIONS))
 
 # %%
 # Four lines with ``adamw``: SINGD adopts only classes that it knows. A class
@@ -89,7 +90,7 @@ class TransposedKind(LinearKind):
 
 
 register_layer(Transposed, TransposedKind())
-print(SINGD(network(Transposed)))
+print(SINGD(network(Transposed), **OPTIONS))
 
 # %%
 # Check the law
@@ -159,7 +160,7 @@ labels = torch.tensor(data.target)
 
 def fit(layer):
     model = network(layer)
-    optimizer = SINGD(model, **OPTIONS, fallback=dict(lr=1e-2))
+    optimizer = SINGD(model, **OPTIONS)
     batches = torch.Generator().manual_seed(0)
     losses, factors = [], []
     for _ in range(STEPS):

@@ -43,10 +43,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH = 120, 64
-BASE = dict(lr=3e-3, damping=1e-3, T=10, lr_cov=1e-2)
+BASE = PUBLISHED | dict(lr=3e-3)
 FAST = dict(T=1, lr_cov=0.2, normalize_lr_cov=True)  # for a short run
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
@@ -62,7 +62,7 @@ def fit(**options):
     """Train; return the losses and the first layer's stats of each step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = SINGD(model, **{**BASE, **options})
+    optimizer = SINGD(model, **(BASE | options))
     losses, stats = [], []
     for _ in range(STEPS):
         batch = torch.randint(0, len(images), (BATCH,))

@@ -40,7 +40,9 @@ def advance(
     block.blueprints()
     if "step" not in state:
         eye = {side: block.identity(side) for side in (INPUT, OUTPUT)} if kept_here else {}
-        factors.write(state, rule.start(eye) if eye else {}, step=0, last_update=-1, updates=0)
+        start = rule.start(eye) if eye else {}
+        kept = {name: start[name] for name in factors.blueprints if name in start}
+        factors.write(state, kept, step=0, last_update=-1, updates=0)
     step = state["step"]
     if collector.advanced(block, step):
         return
@@ -58,8 +60,10 @@ def advance(
                 collector.warn_of_overflow(block)
         elif kept_here:
             collector.miss(block)
-        if new is not None or not kept_here:
-            counters |= {"last_update": step, "updates": state["updates"] + 1}
+        if not kept_here or curvature is not None or statistics is not None:
+            counters["last_update"] = step  # on all processes alike
+        if not kept_here or new is not None:
+            counters["updates"] = state["updates"] + 1
     factors.write(state, new or {}, **counters)
 
 

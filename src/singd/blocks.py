@@ -35,6 +35,7 @@ class Block:
     group: dict[str, Any] = field(default_factory=dict)  # the param_group of the weight
     active: bool = False  # whether its weight was handed to the optimizer, to be preconditioned
     factors: FactorState = field(default_factory=FactorState)
+    _rule: Any = None  # what the group's rule was resolved to
 
     @property
     def name(self) -> str:
@@ -51,7 +52,10 @@ class Block:
 
     @property
     def rule(self) -> Rule:
-        return rule_of(self.group)
+        spec = self.group["rule"], self.group["kfac_like"]
+        if self._rule is None or self._rule[0] != spec:
+            self._rule = spec, rule_of(self.group)
+        return self._rule[1]
 
     @property
     def used(self) -> bool:
@@ -97,11 +101,17 @@ class Block:
 
     def blueprints(self) -> dict[str, StructuredMatrix]:
         """What the rule keeps, without numbers: shapes and dtypes on the meta device."""
-        key = (self.size, *(s.name for s in self.structures().values()), self.rule.name)
-        key = (*key, *(self.dtype(side) for side in (INPUT, OUTPUT)))
+        group, weight = self.group, self.weight
+        options = (
+            group["structures"],
+            self.rule,
+            group["preconditioner_dtype"],
+            bool(group["alpha1"]),
+        )
+        key = (*options, weight.dtype, self.bias is None)
         if self.factors.key != key:
             eye = {side: self.identity(side, device="meta") for side in (INPUT, OUTPUT)}
-            self.factors.shape_as(key, eye, self.rule.keeps)
+            self.factors.shape_as(key, eye, self.rule.kept(group))
         return self.factors.blueprints
 
 

@@ -162,7 +162,7 @@ def restore(
 ) -> None:
     """Give back the dtype to what has one of its own: torch casts all to the parameter's."""
     for p, saved, _ in pairs(param_groups, state_dict):
-        own = (*blocks[p].rule.keeps, *MOMENTS) if p in blocks else MOMENTS
+        own = (*blocks[p].blueprints(), *MOMENTS) if p in blocks else MOMENTS
         for name in own:
             if name in saved:
                 states[p][name] = saved[name].to(p.device, copy=True)

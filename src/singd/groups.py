@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,8 @@ ADAMW: Mapping[str, Any] = MappingProxyType(
     {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 )
 
+#: The fallback's options by default: AdamW's usual values at SINGD's learning rate.
+SAME: Mapping[str, Any] = MappingProxyType({})
 
 #: Keyword arguments with which SINGD is the published method, each in its published meaning.
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
@@ -62,6 +65,28 @@ OPTIONS = (
 
 #: What torch calls the options that no group of ours knows, but that schedulers add.
 _ADDED = ("params", "param_names", "initial_lr", "algorithm", "format", "betas", "eps")
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A schedule for ``T``: the factors are updated in every step at first, then rarer and rarer.
+
+    At step t they are updated if ``t // patience`` steps have passed since the last time, at least one and at
+    most ``most``.
+
+    Attributes:
+        most: The longest interval.
+        patience: How many steps each interval lasts, about.
+    """
+
+    most: int = 10
+    patience: int = 20
+
+    def __call__(self, step: int) -> int:
+        return min(self.most, max(1, step // self.patience))
+
+
+GROWING = Growing()
 
 
 def _number(name: str, value: Any, *, below: float = math.inf) -> None:

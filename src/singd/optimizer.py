@@ -113,27 +113,27 @@ class SINGD(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
-        damping: float = 1e-3,
-        alpha1: float = 0.5,
+        damping: float = 0.03,
+        alpha1: float = 0.0,
         weight_decay: float = 0.0,
-        T: int | Callable[[int], int] = 10,
+        T: int | Callable[[int], int] = groups.GROWING,
         loss_average: str | None = "batch",
-        lr_cov: float | Callable[[int], float] = 1e-2,
-        structures: tuple[Any, Any] = ("dense", "dense"),
+        lr_cov: float | Callable[[int], float] = 0.1,
+        structures: tuple[Any, Any] = ("block64diagonal", "diagonal"),
         kfac_approx: str = "expand",
         warn_unsupported: bool = True,
         kfac_like: bool = False,
         preconditioner_dtype: Any = None,
-        normalize_lr_cov: bool | str = False,
+        normalize_lr_cov: bool | str = "spectral",
         *,
         rule: Any = "singd",
-        relative_damping: bool = False,
-        scaled_start: bool = False,
-        fast_start: bool = False,
-        momentum_on: str = "direction",
-        nesterov: bool = False,
-        match_rms: float | None = None,
-        fallback: Mapping[str, Any] | None = groups.ADAMW,
+        relative_damping: bool = True,
+        scaled_start: bool = True,
+        fast_start: bool = True,
+        momentum_on: str = "gradient",
+        nesterov: bool = True,
+        match_rms: float | None = 0.2,
+        fallback: Mapping[str, Any] | None = groups.SAME,
         grad_scaler: torch.amp.GradScaler | None = None,
         cache_products: bool = True,
         average_gradients: bool | None = None,
@@ -461,11 +461,12 @@ class SINGD(torch.optim.Optimizer):
         self._rebind_parameters()
         for block in self._blocks:
             if block.active and (layer in block.names or any(layer is m for m in block.modules)):
-                keeps = _named(tuple(block.rule.keeps))
+                blueprints = block.blueprints()
+                keeps = _named(tuple(blueprints))
                 if "step" not in self.state.get(block.weight, {}):
                     eye = {side: block.identity(side) for side in (INPUT, OUTPUT)}
-                    return keeps(**block.rule.start(eye))
-                blueprints = block.blueprints()
+                    start = block.rule.start(eye)
+                    return keeps(**{name: start[name] for name in blueprints})
                 (flat,) = self._ownership.gathered([block], self.state, "factors")
                 return keeps(**{n: blueprints[n].from_flat(v.clone()) for n, v in flat.items()})
         known = ", ".join(repr(n) for b in self._blocks if b.active for n in b.names)

@@ -75,11 +75,15 @@ class FactorState:
             found[name] = known
         return found
 
+    def _here(self, state: Mapping[str, Any]) -> list[str]:
+        """The names that there are numbers for: a momentum that was switched on later is zero."""
+        return [name for name in self.blueprints if name in state]
+
     def accumulated(
         self, state: dict[str, Any], device: torch.device
     ) -> dict[str, StructuredMatrix]:
         """All factors in a dtype for arithmetic on them."""
-        found = self.read(state, self.blueprints, device)
+        found = self.read(state, self._here(state), device)
         return {name: A.to(dtype=accumulation_dtype(A.dtype)) for name, A in found.items()}
 
     def finite(
@@ -95,7 +99,7 @@ class FactorState:
         Returns:
             None if the old ones stay; only a CPU says so, other devices need not be waited for.
         """
-        rounded = {name: A.to(dtype=state[name].dtype) for name, A in new.items()}
+        rounded = {name: A.to(dtype=self.blueprints[name].dtype) for name, A in new.items()}
         tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
         sums = torch.stack(
             [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
@@ -115,7 +119,7 @@ class FactorState:
         """Put factors and counters into the state, all at once, so that an exception finds all or nothing."""
         flat, views = {}, {}
         for name, matrix in new.items():
-            matrix = matrix.to(dtype=state[name].dtype if name in state else None)
+            matrix = matrix.to(dtype=self.blueprints[name].dtype)
             numbers = flat[name] = matrix.flat()
             same = numbers.data_ptr() == matrix.tensors()[0].data_ptr()
             views[name] = (numbers, matrix if same else matrix.from_flat(numbers))
@@ -125,10 +129,10 @@ class FactorState:
 
     def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
         """What the rule's direction needs; where it is kept, formed anew when the numbers have changed."""
-        factors = self.read(state, self.blueprints, device)
+        factors = self.read(state, self._here(state), device)
         if not keep:
             return rule.prepare(factors, keep=False)
-        of = [(flat, version(flat)) for flat in (state[name] for name in self.blueprints)]
+        of = [(flat, version(flat)) for flat in (state[name] for name in self._here(state))]
         known, value = self._prepared
         if known is None or any(
             f is not g or v != w for (f, v), (g, w) in zip(known, of, strict=True)

@@ -31,7 +31,9 @@ class Faulty(Dense):
 
     def compose(self, other):
         self.fail("compose")
-        return self.from_flat(super().compose(other).flat())  # of this class, where that gives a Dense
+        return self.from_flat(
+            super().compose(other).flat()
+        )  # of this class, where that gives a Dense
 
     @staticmethod
     def fail(method):

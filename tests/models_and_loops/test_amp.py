@@ -6,9 +6,8 @@ import pickle
 import pytest
 import torch
 from models import assert_same, model_and_batches
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 FAST = dict(lr=0.1, T=1, lr_cov=0.1, damping=0.1)
 

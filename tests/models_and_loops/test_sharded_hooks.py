@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from singd import SINGD
 
 
 @pytest.fixture

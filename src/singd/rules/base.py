@@ -59,6 +59,10 @@ class Rule(ABC):
     needs_rows: ClassVar[bool] = True
     """Whether it looks at inputs and output gradients; else at the gradient alone, and no layer is hooked."""
 
+    def kept(self, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """What of ``keeps`` these options need; what is not kept, ``update`` finds as zero."""
+        return self.keeps
+
     def refusal(self, structure: StructuredMatrix) -> str | None:
         """None if the rule works with factors of this structure, else what it works with, in a few words."""
         return None

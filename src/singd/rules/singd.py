@@ -82,6 +82,10 @@ class Singd(Rule):
     keeps = {"K": INPUT, "C": OUTPUT, "m_K": INPUT, "m_C": OUTPUT}
     gathers_with = ("K", "C")
 
+    def kept(self, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """Without momentum, the momenta need not be kept."""
+        return self.keeps if options["alpha1"] else {"K": INPUT, "C": OUTPUT}
+
     def curvature(
         self, factors: Factors, a: Rows, g: Rows
     ) -> tuple[StructuredMatrix, StructuredMatrix]:
@@ -91,7 +95,8 @@ class Singd(Rule):
     def update(
         self, factors: Factors, curvature: Curvature, options: Mapping[str, Any], updates: int
     ) -> Factors:
-        K, C, m_K, m_C = (factors[key] for key in ("K", "C", "m_K", "m_C"))
+        K, C = factors["K"], factors["C"]
+        m_K, m_C = factors.get("m_K") or K * 0.0, factors.get("m_C") or C * 0.0
         H_K, H_C = curvature.H_K, curvature.H_C
         damping = self.damping(curvature, options)
         if options["scaled_start"] and updates == 0:
@@ -105,7 +110,8 @@ class Singd(Rule):
         )
         K = moved_factor(K, m_K, step_size(m_K, beta, normalize))
         C = moved_factor(C, m_C, step_size(m_C, beta, normalize))
-        return {"K": K, "C": C, "m_K": m_K, "m_C": m_C}
+        new = {"K": K, "C": C, "m_K": m_K, "m_C": m_C}
+        return {name: new[name] for name in self.kept(options)}
 
     def momenta(
         self,
