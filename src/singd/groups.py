@@ -210,7 +210,10 @@ def _check_rule(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
         )
-    for spec in resolve(group["structures"]):
+    specs = resolve(group["structures"])
+    if type(rule).refusal is Rule.refusal:
+        return  # it refuses none, so none is made: a user's structure may not exist in size 1
+    for spec in specs:
         works_with = rule.refusal(spec(1, device="meta"))
         if works_with is not None:
             raise ValueError(
