@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from singd.groups import dtypes, resolve, rule_of
 from singd.layers import LayerKind, find_kind
+from singd.layers.embedding import SPARSE
 from singd.layers.loose import LooseKind
 from singd.rules import INPUT, OUTPUT, Rule
 from singd.state import FactorState
@@ -35,6 +36,7 @@ class Block:
     group: dict[str, Any] = field(default_factory=dict)  # the param_group of the weight
     active: bool = False  # whether its weight was handed to the optimizer, to be preconditioned
     factors: FactorState = field(default_factory=FactorState)
+    last_lr: Any = None  # of its last step; None where that was not here
 
     @property
     def name(self) -> str:
@@ -94,9 +96,21 @@ class Block:
         key = (self.size, *(s.name for s in self.structures().values()), self.rule.name)
         key = (*key, *(self.dtype(side) for side in (INPUT, OUTPUT)))
         if self.factors.key != key:
+            self._check_change(key)
             eye = {side: self.identity(side, device="meta") for side in (INPUT, OUTPUT)}
             self.factors.shape_as(key, eye, self.rule.keeps)
         return self.factors.blueprints
+
+    def _check_change(self, key: tuple[Any, ...]) -> None:
+        """Refuse other structures, or another rule, where there are factors whose numbers mean something else."""
+        old = self.factors.key
+        if self.factors.written and old is not None and old[:4] != key[:4]:
+            names = "structures" if old[:3] != key[:3] else "rule"
+            before, now = ((k[1:3], k[3])[names == "rule"] for k in (old, key))
+            raise ValueError(
+                f"The {names} of layer {self.name!r} cannot change after its first step, from {before} to {now}; "
+                "build another optimizer."
+            )
 
 
 @dataclass(eq=False)
@@ -211,3 +225,13 @@ def _loose_blocks(model: nn.Module, taken: set[Any]) -> list[Block]:
                 full = f"{name}.{attribute}" if name else attribute
                 found[p] = Block(LooseKind(attribute), [module], [full], p, None)
     return list(found.values())
+
+
+def check_dense(params: Iterable[Any], reasons: Mapping[Any, str], names: Mapping[Any, str]) -> None:
+    """Refuse parameters with sparse gradients, which AdamW cannot train either, unless they are frozen."""
+    for p in params:
+        if p.requires_grad and reasons.get(p) == SPARSE:
+            raise ValueError(
+                f"{names[p]!r} gets sparse gradients, which neither SINGD nor AdamW can use; choose sparse=False, or "
+                "hand it to another optimizer (torch.optim.SparseAdam)."
+            )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from singd import checkpoint, fisher, groups, report, scaler, torch_private, weight_steps
-from singd.blocks import Block, find_blocks, find_slots, gradient_of, unwrapped
+from singd.blocks import Block, check_dense, find_blocks, find_slots, gradient_of, unwrapped
 from singd.hooks import Collector
 from singd.precision import without_autocast
 from singd.processes import collectives, exchange
@@ -64,6 +64,11 @@ class SINGD(torch.optim.Optimizer):
         T: The factors are updated at steps 0, T, 2T, ...; or a callable of the step count that says how many steps lie
             between two updates.
         loss_average: What the loss averages over: None, "batch" or "batch+sequence".
+        batch_first: Whether inputs of linear layers and embeddings are [batch, sequence, ...]; False: [sequence, batch,
+            ...], as ``nn.Transformer`` and recurrent layers have it unless told otherwise.
+        repeated_calls: What several calls of a layer in one forward are: more "examples", or "positions" of the same
+            ones, as in a loop over a sequence. With "batch" this decides how large the batch was. None: examples, but
+            a layer that is called more than twice warns.
         lr_cov: Step size on the factors :math:`\beta_1`: a number, or a callable of the step count.
         structures: The structures of K and C: names, or what :func:`~singd.structure` takes.
         kfac_approx: How layers with weight sharing are treated: "expand" or "reduce".
@@ -125,6 +130,8 @@ class SINGD(torch.optim.Optimizer):
         preconditioner_dtype: Any = None,
         normalize_lr_cov: bool | str = False,
         *,
+        batch_first: bool = True,
+        repeated_calls: str | None = None,
         rule: Any = "singd",
         relative_damping: bool = False,
         scaled_start: bool = False,
@@ -141,7 +148,7 @@ class SINGD(torch.optim.Optimizer):
         given = dict(locals())
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
-        defaults = {name: given[name] for name in groups.OPTIONS}
+        defaults = groups.plain({name: given[name] for name in groups.OPTIONS})
         defaults |= {"algorithm": "singd", "format": groups.FORMAT}
         groups.check_singd(defaults)
         groups.check_whole(given)
@@ -159,7 +166,8 @@ class SINGD(torch.optim.Optimizer):
         else:
             new = groups.as_groups(params)
         self._collector = Collector({}, grad_scaler)
-        self._announced = {p for g in new for p in map(groups.parameter, g["params"])}
+        singd = [g for g in new if g.get("algorithm", "singd") == "singd"]
+        self._announced = {p for g in singd for p in map(groups.parameter, g["params"])}
         super().__init__(new, defaults)
         self._announced = set()
 
@@ -194,7 +202,7 @@ class SINGD(torch.optim.Optimizer):
             ValueError: For an option out of range or a parameter that isn't the model's.
         """
         self._rebind_parameters()
-        group = {**param_group, "params": groups.as_list(param_group["params"])}
+        group = groups.plain({**param_group, "params": groups.as_list(param_group["params"])})
         groups.check_names(group, self.defaults)
         groups.check_singd({**self.defaults, **group})
         ours, rest = self._split(group)
@@ -228,9 +236,10 @@ class SINGD(torch.optim.Optimizer):
         rule = groups.rule_of({**self.defaults, **group})
         ours = set()
         for block in self._blocks if algorithm == "singd" else ():
+            joins = block.weight.requires_grad  # else its bias has nothing to be a column of
             if block.weight in params and block.works_with(rule):
-                ours |= {block.weight, block.own_bias}
-            elif block.own_bias in params and (block.active or block.weight in self._announced):
+                ours |= {block.weight, block.own_bias} if joins else {block.weight}
+            elif joins and block.own_bias in params and (block.active or block.weight in self._announced):
                 if block.active and "step" in self.state.get(block.weight, {}):
                     raise ValueError(
                         f"The bias of layer {block.name!r} can't join its matrix after the first step; "
@@ -238,6 +247,7 @@ class SINGD(torch.optim.Optimizer):
                     )
                 ours.add(block.own_bias)
         rest = [p for p in group["params"] if groups.parameter(p) not in ours]
+        check_dense(map(groups.parameter, rest), self._reasons, self._names)
         if rest and self._fallback is None and algorithm != "adamw":
             names = ", ".join(self._names[groups.parameter(p)] for p in rest)
             raise ValueError(
@@ -338,6 +348,7 @@ class SINGD(torch.optim.Optimizer):
                 loss = closure()
         self._rebind_parameters()
         scaler.check(self, self.grad_scaler)
+        groups.check_before_step(self.param_groups)
         groups.check_gradients(self.param_groups, self._names)
         self._check_sampled()
         lr_covs = self._lr_covs()
@@ -353,6 +364,9 @@ class SINGD(torch.optim.Optimizer):
                 self._advance(block, lr_covs.get(block), statistics)
             steps = self._directions(used, rehearsal)
             weight_steps.sgd_steps(steps, self._group_of, self.state)
+        for block in used:
+            lr = block.group["lr"]
+            block.last_lr = lr.clone() if isinstance(lr, Tensor) else lr
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 params = [p for p in group["params"] if p.grad is not None]
@@ -521,10 +535,12 @@ class SINGD(torch.optim.Optimizer):
             ValueError: If a layer's structures or shapes differ from the checkpoint's, in one sentence
                 that names the layer; nothing is loaded then.
         """
+        checkpoint.check_form(state_dict)
         self._rebind_parameters()
         loaded: dict[str, Any] = {}
 
         def before(_: Any, final: Any) -> dict[str, Any]:  # after all that a user's hooks change
+            checkpoint.check_form(final)
             loaded.update(checkpoint.upgraded(final, self.param_groups, self._active))
             checkpoint.check(self.param_groups, self._active, self._names, loaded)
             return checkpoint.complete(self.param_groups, loaded)

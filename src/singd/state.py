@@ -31,6 +31,7 @@ class FactorState:
         identity: Of each side, without numbers.
         handed: What another process keeps, for gathering statistics for the update that is due; empty where it is
             kept here, None before it was handed out.
+        written: Whether there are numbers, which the blueprints describe.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class FactorState:
         self.blueprints: dict[str, StructuredMatrix] = {}
         self.identity: dict[str, StructuredMatrix] = {}
         self.handed: dict[str, Tensor] | None = None
+        self.written = False
         self._views: dict[str, tuple[Tensor, StructuredMatrix]] = {}
         self._prepared: tuple[Any, Any] = (None, None)
 
@@ -51,6 +53,7 @@ class FactorState:
 
     def adopt(self, state: Mapping[str, Any]) -> None:
         """Take the dtypes of factors that were loaded, which another process may keep."""
+        self.written = "step" in state
         for name, A in self.blueprints.items():
             if name in state:
                 self.blueprints[name] = A.to(dtype=state[name].dtype)
@@ -118,6 +121,7 @@ class FactorState:
             same = numbers.data_ptr() == matrix.tensors()[0].data_ptr()
             views[name] = (numbers, matrix if same else matrix.from_flat(numbers))
         state.update(flat, **counters)
+        self.written = True
         self._views.update(views)
 
     def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:

@@ -9,6 +9,9 @@ from torch import Size, Tensor, nn
 from singd.layers.base import Approx, LayerKind
 from singd.rows import DenseRows, Rows
 
+SPARSE = "sparse gradients"
+"""Why an embedding with ``sparse=True`` is not preconditioned."""
+
 
 class OneHotRows(Rows):
     """One row per token: the unit vector of its index, or zero for `skip`.
@@ -56,6 +59,10 @@ class OneHotRows(Rows):
         out = Y.new_zeros(self._vocabulary, Y.shape[1]).index_add_(0, self._tokens, Y)
         return self._without_skip(out.T).T
 
+    def mm(self, Y: Tensor) -> Tensor:
+        rows = Y[self._tokens]
+        return rows if self._skip is None else rows.masked_fill((self._tokens == self._skip)[:, None], 0)
+
     def columns(self, start: int, stop: int) -> Tensor:
         wanted = torch.arange(start, stop, device=self._tokens.device)
         hit = self._tokens[:, None] == wanted
@@ -88,10 +95,11 @@ class EmbeddingKind(LayerKind):
     """
 
     input_structure = "diagonal"
+    takes_sequences = True
 
     def supports(self, layer: nn.Embedding) -> str | None:
         if layer.sparse:
-            return "sparse gradients"
+            return SPARSE
         if layer.scale_grad_by_freq:
             return "scale_grad_by_freq=True"
         return super().supports(layer)
