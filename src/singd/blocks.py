@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ class Block:
     active: bool = False  # whether its weight was handed to the optimizer, to be preconditioned
     factors: FactorState = field(default_factory=FactorState)
     last_lr: Any = None  # of its last step; None where that was not here
+    _rule: Any = None  # what the group's rule was resolved to
 
     @property
     def name(self) -> str:
@@ -53,12 +54,21 @@ class Block:
 
     @property
     def rule(self) -> Rule:
-        return rule_of(self.group)
+        spec = self.group["rule"], self.group["kfac_like"]
+        if self._rule is None or self._rule[0] != spec:
+            self._rule = spec, rule_of(self.group)
+        return self._rule[1]
 
     @property
     def used(self) -> bool:
         """Whether it takes part in a step."""
         return self.active and any(p.grad is not None for p in self.params)
+
+    def rebind(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Take another parameter in the place of one."""
+        for name in ("weight", "bias", "own_bias"):
+            if getattr(self, name) is old:
+                setattr(self, name, new)
 
     def works_with(self, rule: Rule) -> bool:
         """Whether a rule can precondition it: without a layer that is called there are no rows."""
@@ -93,23 +103,36 @@ class Block:
 
     def blueprints(self) -> dict[str, StructuredMatrix]:
         """What the rule keeps, without numbers: shapes and dtypes on the meta device."""
-        key = (self.size, *(s.name for s in self.structures().values()), self.rule.name)
-        key = (*key, *(self.dtype(side) for side in (INPUT, OUTPUT)))
+        group, weight = self.group, self.weight
+        options = (
+            group["structures"],
+            self.rule,
+            group["preconditioner_dtype"],
+            bool(group["alpha1"]),
+        )
+        key = (*options, weight.dtype, self.bias is None)
         if self.factors.key != key:
-            self._check_change(key)
+            self._check_change()
             eye = {side: self.identity(side, device="meta") for side in (INPUT, OUTPUT)}
-            self.factors.shape_as(key, eye, self.rule.keeps)
+            self.factors.shape_as(key, eye, self.rule.kept(group))
         return self.factors.blueprints
 
-    def _check_change(self, key: tuple[Any, ...]) -> None:
-        """Refuse other structures, or another rule, where there are factors whose numbers mean something else."""
-        old = self.factors.key
-        if self.factors.written and old is not None and old[:4] != key[:4]:
-            names = "structures" if old[:3] != key[:3] else "rule"
-            before, now = ((k[1:3], k[3])[names == "rule"] for k in (old, key))
+    def _check_change(self) -> None:
+        """Refuse other structures, or to keep something else, where there are numbers of the old kind."""
+        factors = self.factors
+        if not factors.started or factors.key is None:
+            return
+        (before, *_), now = factors.key, self.group["structures"]
+        names = [tuple(s.name for s in resolve(pair)) for pair in (before, now)]
+        if names[0] != names[1]:
             raise ValueError(
-                f"The {names} of layer {self.name!r} cannot change after its first step, from {before} to {now}; "
-                "build another optimizer."
+                f"The structures of layer {self.name!r} cannot change after its first step, from {names[0]} to "
+                f"{names[1]}; build another optimizer."
+            )
+        if set(self.rule.kept(self.group)) != set(factors.blueprints):
+            raise ValueError(
+                f"Layer {self.name!r} keeps {', '.join(factors.blueprints)} since its first step; another rule, or "
+                "alpha1 from or to zero, would keep something else, so build another optimizer."
             )
 
 
@@ -123,6 +146,32 @@ class Slot:
 
     def current(self) -> nn.Parameter | None:
         return parameters_by_attribute(self.module).get(self.attribute)
+
+
+def replaced_parameters(
+    slots: Sequence[Slot], names: Mapping[nn.Parameter, str]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """The parameters that are not in the model any more, each with the one in its place; the slots follow.
+
+    Raises:
+        RuntimeError: If a parameter that was tied is in one of its places only.
+    """
+    replacements: dict[nn.Parameter, nn.Parameter] = {}
+    moved = []
+    for slot in slots:
+        old, new = slot.param, slot.current()
+        gathered = hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")
+        if new is None or new is old or gathered:
+            continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
+        if replacements.setdefault(old, new) is not new:
+            raise RuntimeError(
+                f"The weight {names[old]!r} was tied to another one when SINGD was built and is not any more; "
+                "tie them again after load_state_dict(assign=True)."
+            )
+        moved.append((slot, new))
+    for slot, new in moved:
+        slot.param = new
+    return replacements
 
 
 def gradient_of(p: nn.Parameter) -> Tensor:
@@ -227,11 +276,13 @@ def _loose_blocks(model: nn.Module, taken: set[Any]) -> list[Block]:
     return list(found.values())
 
 
-def check_dense(params: Iterable[Any], reasons: Mapping[Any, str], names: Mapping[Any, str]) -> None:
+def check_dense(
+    params: Iterable[Any], reasons: Mapping[Any, str], names: Mapping[Any, str]
+) -> None:
     """Refuse parameters with sparse gradients, which AdamW cannot train either, unless they are frozen."""
     for p in params:
         if p.requires_grad and reasons.get(p) == SPARSE:
             raise ValueError(
-                f"{names[p]!r} gets sparse gradients, which neither SINGD nor AdamW can use; choose sparse=False, or "
-                "hand it to another optimizer (torch.optim.SparseAdam)."
+                f"{names[p]!r} gets sparse gradients, which neither SINGD nor AdamW can use; choose sparse=False, "
+                "or hand it to another optimizer (torch.optim.SparseAdam)."
             )

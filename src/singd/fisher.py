@@ -34,8 +34,8 @@ def sample_labels(
         generator: Where the random numbers come from; None: torch's own.
 
     Returns:
-        Classes ``[...]`` as integers, or targets of the outputs' shape. (``cross_entropy`` wants the classes of images and sequences
-        in dimension 1: move them to the end before, ``outputs.movedim(1, -1)``.)
+        Classes ``[...]`` as integers, or targets of the outputs' shape. (``cross_entropy`` wants the classes
+        of images and sequences in dimension 1: move them to the end before, ``outputs.movedim(1, -1)``.)
 
     Raises:
         ValueError: For another likelihood.
@@ -51,7 +51,9 @@ def sample_labels(
         raise ValueError(f"likelihood must be one of {choices}, got {likelihood!r}.")
     _draws[0] += 1
     if likelihood == "gaussian":
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        noise = torch.randn(
+            outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device
+        )
         return outputs + variance**0.5 * noise
     probabilities = outputs.flatten(0, -2).float().softmax(-1)
     classes = torch.multinomial(probabilities, 1, generator=generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +29,8 @@ ADAMW: Mapping[str, Any] = MappingProxyType(
     {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 )
 
+#: The fallback's options by default: AdamW's usual values at SINGD's learning rate.
+SAME: Mapping[str, Any] = MappingProxyType({})
 
 #: Keyword arguments with which SINGD is the published method, each in its published meaning.
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
@@ -55,11 +58,38 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-OPTIONS = (*(name for name in PUBLISHED if name != "fallback"), "lr", "kfac_like", "preconditioner_dtype")
+OPTIONS = (
+    *(name for name in PUBLISHED if name != "fallback"),
+    "lr",
+    "kfac_like",
+    "preconditioner_dtype",
+)
 """The names of the options of a group that SINGD preconditions."""
 
 #: What torch calls the options that no group of ours knows, but that schedulers add.
 _ADDED = ("params", "param_names", "initial_lr", "algorithm", "format", "betas", "eps")
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A schedule for ``T``: the factors are updated in every step at first, then rarer and rarer.
+
+    At step t they are updated if ``t // patience`` steps have passed since the last time, at least one and at
+    most ``most``.
+
+    Attributes:
+        most: The longest interval.
+        patience: How many steps each interval lasts, about.
+    """
+
+    most: int = 10
+    patience: int = 20
+
+    def __call__(self, step: int) -> int:
+        return min(self.most, max(1, step // self.patience))
+
+
+GROWING = Growing()
 
 
 def _number(name: str, value: Any, *, below: float = math.inf) -> None:
@@ -161,7 +191,7 @@ def check_singd(group: Mapping[str, Any]) -> None:
 
 
 def check_counting(group: Mapping[str, Any]) -> None:
-    """Check what a backward pass reads of a group, which a user may have changed since; raises as `check_singd`."""
+    """Check what a backward pass reads of a group, which a user may have changed; raises as `check_singd`."""
     _choice("loss_average", group["loss_average"], LOSS_AVERAGE)
     _choice("kfac_approx", group["kfac_approx"], KFAC_APPROX)
     _choice("repeated_calls", group["repeated_calls"], REPEATED_CALLS)
@@ -189,7 +219,14 @@ def check_values(group: Mapping[str, Any]) -> None:
     check_counting(group)
     _choice("normalize_lr_cov", group["normalize_lr_cov"], NORMALIZE)
     _choice("momentum_on", group["momentum_on"], MOMENTUM_ON)
-    for name in ("batch_first", "kfac_like", "relative_damping", "scaled_start", "fast_start", "nesterov"):
+    for name in (
+        "batch_first",
+        "kfac_like",
+        "relative_damping",
+        "scaled_start",
+        "fast_start",
+        "nesterov",
+    ):
         _boolean(name, group[name])
     dtypes(group["preconditioner_dtype"])
 
@@ -197,7 +234,9 @@ def check_values(group: Mapping[str, Any]) -> None:
 def _check_rule(group: Mapping[str, Any]) -> None:
     rule = find_rule(group["rule"])
     if group["kfac_like"] and rule.name not in ("singd", "ikfac"):
-        raise ValueError(f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them.")
+        raise ValueError(
+            f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
+        )
     for spec in resolve(group["structures"]):
         works_with = rule.refusal(spec(1, device="meta"))
         if works_with is not None:
@@ -237,7 +276,9 @@ def check_whole(given: Mapping[str, Any]) -> None:
     if given["average_gradients"] is not None:
         _boolean("average_gradients", given["average_gradients"])
     grad_scaler = given["grad_scaler"]
-    if grad_scaler is not None and not (hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")):
+    if grad_scaler is not None and not (
+        hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")
+    ):
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
 
 
@@ -281,7 +322,9 @@ def as_list(params: Any) -> list[Any]:
         TypeError: For a set, whose order differs from run to run.
     """
     if isinstance(params, (set, frozenset)):
-        raise TypeError("Parameters must be in a fixed order, and a set's differs from run to run; pass a list.")
+        raise TypeError(
+            "The parameters of a group must be in a fixed order, got a set; pass a list."
+        )
     return [params] if isinstance(params, Tensor) else list(params)
 
 
@@ -295,7 +338,9 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     found = params if params and isinstance(params[0], dict) else [{"params": params}]
     for group in found:
         if "params" not in group:
-            raise ValueError(f"A parameter group needs 'params', got only {', '.join(map(repr, group))}.")
+            raise ValueError(
+                f"A parameter group needs 'params', got only {', '.join(map(repr, group))}."
+            )
     return [{**g, "params": as_list(g["params"])} for g in found]
 
 
@@ -332,7 +377,7 @@ def fallback_group(group: Mapping[str, Any], fallback: Mapping[str, Any] | None)
 def first_beta(group: Mapping[str, Any]) -> float:
     """AdamW's first beta: that of the group, unless a schedule cycles the momentum of all groups.
 
-    OneCycleLR and CyclicLR look at the whole optimizer to find out which of both it has, and then note the largest.
+    OneCycleLR and CyclicLR ask the whole optimizer which of both it has, and note the largest in each group.
     """
     return group["momentum"] if "max_momentum" in group else group["betas"][0]
 

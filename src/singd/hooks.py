@@ -73,6 +73,12 @@ class Collector:
                     layer.register_forward_hook(Watch(self), with_kwargs=True, prepend=True)
                 )
 
+    def saw_forward(self) -> None:
+        """Note that a forward runs: what comes is another step than one that failed."""
+        if torch_private.backward_number() == -1:  # else activation checkpointing repeats one
+            self.ddp.saw_forward()
+            self._attempt = {}
+
     def due(self, layer: nn.Module) -> Block | None:
         """The layer's block if its factors are updated in the next step, and are here to gather with."""
         block = self.block_of.get(layer)
@@ -92,7 +98,7 @@ class Collector:
     @torch.no_grad()
     def gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add the statistics of one backward through one layer, with its input x and output gradient g."""
-        if not self.collecting or self.due(layer) is None:  # (a step came between forward and backward)
+        if not self.collecting or self.due(layer) is None:  # (perhaps since a step came in between)
             return
         group, kind = block.group, block.kind
         check_counting(group)
@@ -193,8 +199,8 @@ class Collector:
             self._called.add(block)
             warnings.warn(
                 f"Layer {block.name!r} is called more than twice in a forward, and each call is counted as more "
-                'examples; say repeated_calls="examples" if so, or "positions" if the loss averages over the batch of '
-                "one call.",
+                'examples; say repeated_calls="examples" if so, or "positions" if the loss averages over the batch '
+                "of one call.",
                 stacklevel=2,
             )
 
@@ -205,6 +211,17 @@ class Collector:
             warnings.warn(
                 f"The factors of layer {block.name!r} would not be finite after this update, so they stay as they "
                 'are; take normalize_lr_cov="spectral", a smaller lr_cov or wider factors (preconditioner_dtype).',
+                stacklevel=5,
+            )
+
+    def warn_of_growth(self, block: Block) -> None:
+        """Warn once of a block whose factors grew so much that the weights may be spoilt."""
+        if block not in self._overflowed:
+            self._overflowed.add(block)
+            warnings.warn(
+                f"The factors of layer {block.name!r} grew more than tenfold in one update, as after a loss that is far "
+                'too large, and can spoil its weights; take normalize_lr_cov="spectral" or a smaller lr_cov, and go '
+                "back to a checkpoint.",
                 stacklevel=5,
             )
 
@@ -227,7 +244,10 @@ class Watch:
         self.collector = weakref.ref(collector)
 
     def __reduce__(self) -> Any:
-        return getattr, (nullcontext(), "__exit__")  # takes any arguments, returns None, needs no singd
+        return getattr, (
+            nullcontext(),
+            "__exit__",
+        )  # takes any arguments, returns None, needs no singd
 
     def __deepcopy__(self, memo: Any) -> Any:
         return Leaving()
@@ -239,7 +259,7 @@ class Watch:
         collector = self.collector()
         if collector is None or not torch.is_grad_enabled():
             return
-        collector.ddp.saw_forward()
+        collector.saw_forward()
         block = collector.due(layer)
         weight = cast(Tensor, layer.weight)
         if (
@@ -295,7 +315,9 @@ def strided(t: Tensor) -> Tensor:
 
 def _sleeps(hook: Any) -> bool:
     """Whether a hook is what a copy of ours became."""
-    return isinstance(hook, Leaving) or isinstance(hook, types.MethodType) and isinstance(hook.__self__, nullcontext)
+    return isinstance(hook, Leaving) or (
+        isinstance(hook, types.MethodType) and isinstance(hook.__self__, nullcontext)
+    )
 
 
 def _remove(handles: list[Any]) -> None:

@@ -1,8 +1,8 @@
 """Whether the calls of a layer that hooks see make up the gradient of its weight.
 
-Where they do not, the weight is also used by other means (``F.linear``, or the layer's ``forward`` itself), and the
-statistics are those of a part. In the first backward pass through each layer this is looked at once, by the law that
-the gradient is the sum of g a^T over all rows: both sides are multiplied by some random vectors.
+Where they do not, the weight is also used by other means (``F.linear``, or the layer's ``forward`` itself), and
+the statistics are those of a part. In the first backward pass through each layer this is looked at once, by the law
+that the gradient is the sum of g a^T over all rows: both sides are multiplied by some random vectors.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ class Witness:
 
     def __init__(self) -> None:
         self._looked: set[Block] = set()  # once is enough, also where nothing can be said
-        self._waits: dict[Block, tuple[Tensor, Any]] = {}  # random vectors, and the handle of the weight's hook
-        self._seen: dict[Block, tuple[int, Tensor]] = {}  # the backward pass, and the sum of g (a u)
+        self._waits: dict[
+            Block, tuple[Tensor, Any]
+        ] = {}  # random vectors, and the handle of the weight's hook
+        self._seen: dict[
+            Block, tuple[int, Tensor]
+        ] = {}  # the backward pass, and the sum of g (a u)
 
     def awaits(self, block: Block, layer: nn.Module) -> None:
         """Before the first backward through a block: have a look at the gradient of its weight in it."""
@@ -37,7 +41,11 @@ class Witness:
             return
         self._looked.add(block)
         weight: Any = layer.weight
-        plain = weight.is_leaf and not hasattr(weight, "full_tensor") and getattr(layer, "groups", 1) == 1
+        plain = (
+            weight.is_leaf
+            and not hasattr(weight, "full_tensor")
+            and getattr(layer, "groups", 1) == 1
+        )
         if not plain or weight.is_meta or weight.dtype in (torch.float16, torch.bfloat16):
             return
         u = torch.randn(block.size[1], PROBES, dtype=weight.dtype, device=weight.device)
@@ -75,7 +83,7 @@ class Witness:
         size = torch.maximum(whole.norm(), seen.norm())
         if bool((whole - seen).norm() > TOLERANCE * size):  # (a comparison with nan is false)
             warnings.warn(
-                f"Layer {block.name!r} is seen in part: its weight gets gradients that its calls do not make up, so "
-                "its factors are those of its calls only; call the layer itself wherever its weight is used.",
+                f"Layer {block.name!r} is seen in part: its weight gets gradients that its calls do not make up, "
+                "so its factors are those of its calls only; call the layer itself wherever its weight is used.",
                 stacklevel=2,
             )

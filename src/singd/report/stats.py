@@ -53,9 +53,7 @@ def stats(
         line["age"] = (
             state["step"] - 1 - state["last_update"] if state["last_update"] >= 0 else math.inf
         )
-        line["state_bytes"] = sum(
-            state_bytes(states[p]) for p in block.params if p in states
-        )
+        line["state_bytes"] = sum(state_bytes(states[p]) for p in block.params if p in states)
         result[block.name] = line
     return result
 
@@ -70,7 +68,9 @@ def _update_ratio(
         buffer = states.get(p, {}).get("momentum_buffer")
         if buffer is None:
             return math.nan
-        lr = group_of[p]["lr"] if block.last_lr is None else block.last_lr  # (a schedule sets the next one)
+        lr = (
+            group_of[p]["lr"] if block.last_lr is None else block.last_lr
+        )  # (a schedule sets the next one)
         updates.append(float(lr) * float(whole(buffer).norm()))
         weights.append(float(whole(p).norm()))
     return math.hypot(*updates) / max(math.hypot(*weights), 1e-300)
