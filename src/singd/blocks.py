@@ -131,8 +131,8 @@ class Block:
             )
         if set(self.rule.kept(self.group)) != set(factors.blueprints):
             raise ValueError(
-                f"Layer {self.name!r} keeps {', '.join(factors.blueprints)} since its first step; another rule, or "
-                "alpha1 from or to zero, would keep something else, so build another optimizer."
+                f"Layer {self.name!r} keeps {', '.join(factors.blueprints)} since its first step; another rule, "
+                "or alpha1 from or to zero, would keep something else, so build another optimizer."
             )
 
 

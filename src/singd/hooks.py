@@ -199,8 +199,8 @@ class Collector:
             self._called.add(block)
             warnings.warn(
                 f"Layer {block.name!r} is called more than twice in a forward, and each call is counted as more "
-                'examples; say repeated_calls="examples" if so, or "positions" if the loss averages over the batch '
-                "of one call.",
+                'examples; say repeated_calls="examples" if so, or "positions" if the loss averages over the '
+                "batch of one call.",
                 stacklevel=2,
             )
 
@@ -219,9 +219,9 @@ class Collector:
         if block not in self._overflowed:
             self._overflowed.add(block)
             warnings.warn(
-                f"The factors of layer {block.name!r} grew more than tenfold in one update, as after a loss that is far "
-                'too large, and can spoil its weights; take normalize_lr_cov="spectral" or a smaller lr_cov, and go '
-                "back to a checkpoint.",
+                f"The factors of layer {block.name!r} grew more than tenfold in one update, as after a loss that "
+                'is far too large, and can spoil its weights; take normalize_lr_cov="spectral" or a smaller '
+                "lr_cov, and go back to a checkpoint.",
                 stacklevel=5,
             )
 

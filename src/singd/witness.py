@@ -1,8 +1,8 @@
 """Whether the calls of a layer that hooks see make up the gradient of its weight.
 
 Where they do not, the weight is also used by other means (``F.linear``, or the layer's ``forward`` itself), and
-the statistics are those of a part. In the first backward pass through each layer this is looked at once, by the law
-that the gradient is the sum of g a^T over all rows: both sides are multiplied by some random vectors.
+the statistics are those of a part. In the first backward pass through each layer this is looked at once, by the
+law that the gradient is the sum of g a^T over all rows: both sides are multiplied by some random vectors.
 """
 
 from __future__ import annotations

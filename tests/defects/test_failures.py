@@ -156,7 +156,9 @@ def all_finite(optimizer):
 def test_a_float16_factor_never_becomes_infinite():
     """Its momentum would pass 65,504, the largest number of the format."""
     model = nn.Sequential(nn.Linear(5, 3))
-    optimizer = SINGD(model, **{**FAST, "lr": 1e-6}, preconditioner_dtype=torch.float16)
+    optimizer = SINGD(
+        model, **{**FAST, "lr": 1e-6}, kfac_like=True, preconditioner_dtype=torch.float16
+    )
     x = 500 * torch.randn(16, 5)
 
     def run():
