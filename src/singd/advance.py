@@ -58,6 +58,8 @@ def advance(
             new = factors.finite(state, moved, some)
             if new is None:
                 collector.warn_of_overflow(block)
+            elif state["updates"] and factors.grew(state, new, rule.gathers_with):
+                collector.warn_of_growth(block)
         elif kept_here:
             collector.miss(block)
         if not kept_here or curvature is not None or statistics is not None:
