@@ -102,4 +102,7 @@ class Kfac(Rule):
 
 def _inverse(t: Tensor) -> Tensor:
     """Of a diagonal [n], or of symmetric positive definite matrices [..., n, n]; nan of others, without waiting."""
-    return 1 / t if t.ndim == 1 else torch.cholesky_inverse(torch.linalg.cholesky_ex(t)[0])
+    if t.ndim == 1:
+        return 1 / t
+    L, failed = torch.linalg.cholesky_ex(t)  # what it leaves of a matrix that is not positive definite is no factor
+    return torch.cholesky_inverse(L.masked_fill(failed[..., None, None] > 0, torch.nan))
