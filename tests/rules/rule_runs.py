@@ -38,14 +38,15 @@ def beside_the_textbook(rule, name="mlp", steps=6, **options):
     optimizer = SINGD(model, rule=RULES[rule], **options)
     train(model, optimizer, batches, mean_or_sum(options))
 
-
     states = rule_textbook.train(twin, batches, mean_or_sum(options), rule, **options)
     pairs = list(zip(model.parameters(), twin.parameters(), strict=True))
     layers = dict(zip(twin.modules(), model.modules(), strict=True))
     for layer, state in states.items():
         kept = optimizer.factors(layers[layer])._asdict()
         pairs += [(A.dense(), state[key]) for key, A in kept.items()]
-        assert not torch.allclose(state[next(iter(kept))], torch.eye(len(pairs[-len(kept)][0])).double())
+        assert not torch.allclose(
+            state[next(iter(kept))], torch.eye(len(pairs[-len(kept)][0])).double()
+        )
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
@@ -54,6 +55,10 @@ def structures_of(rule):
     """Names of the structures that a rule works with."""
     from singd import registered_structures, structure
 
-    found = [n for n in registered_structures() if registered_rules()[rule].refusal(structure(n)(2)) is None]
+    found = [
+        n
+        for n in registered_structures()
+        if registered_rules()[rule].refusal(structure(n)(2)) is None
+    ]
     assert found
     return found

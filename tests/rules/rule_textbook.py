@@ -1,7 +1,7 @@
 """The rules as textbooks have them: dense matrices, explicit masks and inverses, in float64.
 
-Nothing of ``singd.rules`` is used. A rule is a function that moves a dictionary of dense matrices, and one that makes
-a direction of them. ``train`` is the loop around it.
+Nothing of ``singd.rules`` is used. A rule is a function that moves a dictionary of dense matrices, and one that
+makes a direction of them. ``train`` is the loop around it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 def mask(name: str, n: int) -> Tensor:
     """The entries that a dense, diagonal or block-diagonal matrix has: the projection keeps them as they are."""
     i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    k = {"dense": n, "diagonal": 1}.get(name) or int(name.removeprefix("block").removesuffix("diagonal"))
+    k = {"dense": n, "diagonal": 1}.get(name) or int(
+        name.removeprefix("block").removesuffix("diagonal")
+    )
     return (i // k == j // k).double()
 
 
@@ -96,8 +98,12 @@ def inverse_free(rule):
             m_K = alpha1 * s["m_K"] + half * bracket_K
             m_C = alpha1 * s["m_C"] + half * bracket_C
         b = max(lr_cov, min(0.5, 1 / (t + 1))) if fast_start else lr_cov
-        entry = [max(1.0, m.abs().max().item()) if normalize_lr_cov is True else 1.0 for m in (m_K, m_C)]
-        s.update(m_K=m_K, m_C=m_C, K=K - b / entry[0] * K @ m_K, C=C - b / entry[1] * C @ m_C, t=t + 1)
+        entry = [
+            max(1.0, m.abs().max().item()) if normalize_lr_cov is True else 1.0 for m in (m_K, m_C)
+        ]
+        s.update(
+            m_K=m_K, m_C=m_C, K=K - b / entry[0] * K @ m_K, C=C - b / entry[1] * C @ m_C, t=t + 1
+        )
 
     return update
 
@@ -160,7 +166,9 @@ def train(
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     calls: dict[nn.Module, list] = {}
     hooks = [
-        m.register_forward_hook(lambda m, i, o: (o.retain_grad(), calls[m].append((i[0].detach(), o)))[1])
+        m.register_forward_hook(
+            lambda m, i, o: (o.retain_grad(), calls[m].append((i[0].detach(), o)))[1]
+        )
         for m in layers
     ]
     states: dict[nn.Module, dict] = {}
@@ -186,7 +194,10 @@ def train(
             params = [layer.weight] + ([layer.bias] if layer.bias is not None else [])
             if momentum_on == "gradient":
                 average = dict(momentum=momentum, nesterov=nesterov)
-                vs = [averaged(p.grad, buffers.setdefault((layer, i), {}), **average) for i, p in enumerate(params)]
+                vs = [
+                    averaged(p.grad, buffers.setdefault((layer, i), {}), **average)
+                    for i, p in enumerate(params)
+                ]
                 dW = torch.cat([vs[0].flatten(1), *(v[:, None] for v in vs[1:])], 1)
             N = direction(s, dW)
             after = momentum if momentum_on == "direction" else 0.0

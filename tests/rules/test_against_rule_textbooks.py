@@ -29,8 +29,12 @@ INVERSE_FREE = [
     dict(fast_start=True),
     dict(relative_damping=True),
     dict(
-        scaled_start=True, fast_start=True, relative_damping=True, structures=("block2diagonal", "dense"),
-        normalize_lr_cov=True, match_rms=0.2,
+        scaled_start=True,
+        fast_start=True,
+        relative_damping=True,
+        structures=("block2diagonal", "dense"),
+        normalize_lr_cov=True,
+        match_rms=0.2,
     ),
 ]
 

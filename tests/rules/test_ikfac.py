@@ -1,5 +1,7 @@
 """IKFAC follows KFAC's damped inverse without inverting: K K^T = (U + damping I)^-1, up to O(lr_cov^2) a step."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,12 @@ from singd import rules, structure
 from singd.rules import INPUT, OUTPUT, Curvature
 
 DAMPING = 0.1
-PLAIN = {"relative_damping": False, "fast_start": False, "scaled_start": False, "normalize_lr_cov": False}
+PLAIN = {
+    "relative_damping": False,
+    "fast_start": False,
+    "scaled_start": False,
+    "normalize_lr_cov": False,
+}
 
 
 def spd(name, n):
@@ -25,7 +32,10 @@ def distance(name, beta):
     options = {**PLAIN, "lr_cov": beta}
 
     kfac, ikfac = rules.Kfac(pi=False), rules.Ikfac()
-    eye = {INPUT: structure(name)(d_i, dtype=torch.float64), OUTPUT: structure(name)(d_o, dtype=torch.float64)}
+    eye = {
+        INPUT: structure(name)(d_i, dtype=torch.float64),
+        OUTPUT: structure(name)(d_o, dtype=torch.float64),
+    }
     start = kfac.start(eye)
     # (KFAC without pi damps both factors by the square root)
     squared = {**options, "damping": DAMPING**2}
@@ -38,7 +48,9 @@ def distance(name, beta):
         factors[key] = from_dense(factors[key], root)
     H_K = from_dense(factors["K"], factors["K"].dense().T @ new.H_K.dense() @ factors["K"].dense())
     H_C = from_dense(factors["C"], factors["C"].dense().T @ new.H_C.dense() @ factors["C"].dense())
-    followed = ikfac.update(factors, Curvature(H_K, H_C), {**options, "damping": DAMPING}, updates=1)
+    followed = ikfac.update(
+        factors, Curvature(H_K, H_C), {**options, "damping": DAMPING}, updates=1
+    )
 
     pairs = [(followed["K"], moved["U_inv"]), (followed["C"], moved["G_inv"])]
     return max((A.dense() @ A.dense().T - B.dense()).abs().max().item() for A, B in pairs)
@@ -58,7 +70,7 @@ def from_dense(like, M):
 def test_a_step_differs_from_kfacs_by_the_square_of_lr_cov(name):
     errors = [distance(name, beta) for beta in (1e-2, 1e-3, 1e-4)]
     assert 1e-5 < errors[0] < 0.1
-    for large, small in zip(errors, errors[1:], strict=False):
+    for large, small in itertools.pairwise(errors):
         assert 70 < large / small < 130
 
 
@@ -66,7 +78,10 @@ def test_a_run_stays_beside_kfac():
     """Over a thousand small steps on noisy curvature the errors do not add up."""
     torch.manual_seed(0)
     kfac, ikfac, name = rules.Kfac(pi=False), rules.Ikfac(), "dense"
-    eye = {INPUT: structure(name)(6, dtype=torch.float64), OUTPUT: structure(name)(6, dtype=torch.float64)}
+    eye = {
+        INPUT: structure(name)(6, dtype=torch.float64),
+        OUTPUT: structure(name)(6, dtype=torch.float64),
+    }
     options = {**PLAIN, "lr_cov": 1e-2}
     exact = {**kfac.start(eye), "U": eye[INPUT] * (1 - DAMPING), "G": eye[OUTPUT] * (1 - DAMPING)}
     factors = ikfac.start(eye)

@@ -23,7 +23,10 @@ def sides(name, d_i=7, d_o=5, dtype=torch.float64):
 def curvature(name, d_i=7, d_o=5, rows=20, scale=1.0, dtype=torch.float64):
     """Random second moments, projected."""
     eye = sides(name, d_i, d_o)
-    A, B = torch.randn(rows, d_i, dtype=torch.float64), scale * torch.randn(rows, d_o, dtype=torch.float64)
+    A, B = (
+        torch.randn(rows, d_i, dtype=torch.float64),
+        scale * torch.randn(rows, d_o, dtype=torch.float64),
+    )
     H_K, H_C = eye[INPUT].project(A.T / rows**0.5), eye[OUTPUT].project(B.T / rows**0.5)
     return Curvature(H_K.to(dtype=dtype), H_C.to(dtype=dtype))
 
@@ -37,7 +40,9 @@ def test_the_running_average_counts_the_first_statistics_in_full(name, pi):
     for t, one in enumerate(seen):
         old = {key: A.dense() for key, A in factors.items()}
         new = rule.update(factors, one, OPTIONS, t)
-        assert all(torch.equal(A.dense(), old[key]) for key, A in factors.items())  # none is changed
+        assert all(
+            torch.equal(A.dense(), old[key]) for key, A in factors.items()
+        )  # none is changed
         factors = new
     weights = [0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1]
     U = sum(w * one.H_K.dense() for w, one in zip(weights, seen, strict=True))
@@ -46,7 +51,9 @@ def test_the_running_average_counts_the_first_statistics_in_full(name, pi):
     pi = math.sqrt(U.trace() / 7 / (G.trace() / 5)) if pi else 1.0
     for key, A, shift in (("U_inv", U, pi * math.sqrt(1e-3)), ("G_inv", G, math.sqrt(1e-3) / pi)):
         damped = A + shift * torch.eye(len(A)).double()
-        torch.testing.assert_close(factors[key].dense() @ damped, torch.eye(len(A)).double(), rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            factors[key].dense() @ damped, torch.eye(len(A)).double(), rtol=0, atol=1e-11
+        )
 
 
 @pytest.mark.parametrize("pi", [True, False])
@@ -100,7 +107,9 @@ def test_a_factor_that_rounding_made_indefinite_has_no_inverse(name):
     one = curvature(name, 40, 40, rows=3, dtype=torch.bfloat16)
     assert torch.linalg.eigvalsh(one.H_K.dense().double()).min() < -1e-4
     eye = {side: A.to(dtype=torch.bfloat16) for side, A in sides(name, 40, 40).items()}
-    factors = rules.Kfac(pi=False).update(rules.Kfac().start(eye), one, {**OPTIONS, "damping": 1e-10}, 0)
+    factors = rules.Kfac(pi=False).update(
+        rules.Kfac().start(eye), one, {**OPTIONS, "damping": 1e-10}, 0
+    )
     assert factors["U_inv"].dense().isnan().any()
 
 
@@ -110,8 +119,11 @@ def test_the_optimizer_keeps_the_old_factors_then_and_says_so():
     options = {**PLAIN, **FAST, "damping": 1e-12, "preconditioner_dtype": torch.bfloat16}
     optimizer = SINGD(model, rule="kfac", **options)
     model(torch.randn(3, 60)).square().mean().backward()
-    with pytest.warns(UserWarning, match=r"factors of layer '' would not be finite .* wider factors"):
+    with pytest.warns(
+        UserWarning, match=r"factors of layer '' would not be finite .* wider factors"
+    ) as seen:
         optimizer.step()
+    assert seen[0].filename == __file__
     factors = optimizer.factors(model)
     assert torch.equal(factors.U_inv.dense().float(), torch.eye(61)) and not factors.U.dense().any()
 
@@ -124,8 +136,10 @@ def test_a_wider_factor_is_not_inverted_in_less():
 
 
 @pytest.mark.parametrize("damping, positive", [(1e-8, False), (0.25, True)])
-def test_an_inverse_in_bfloat16_has_negative_eigenvalues_where_the_damping_is_small(damping, positive):
-    """The honest switch: rounding moves eigenvalues by 2^-9 of the largest, which a damping of 1e-4 does not outweigh."""
+def test_an_inverse_in_bfloat16_has_negative_eigenvalues_where_the_damping_is_small(
+    damping, positive
+):
+    """The honest switch: rounding moves eigenvalues by 2^-9 of the largest, which 1e-4 does not outweigh."""
     one = curvature("dense", 60, 60, rows=30, dtype=torch.float32)
     least = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -145,9 +159,13 @@ def test_inverse_dtype_must_be_a_floating_point_dtype(bad):
 
 def test_relative_damping_is_relative_to_both_average_traces():
     one, rule = curvature("dense", scale=3.0), rules.Kfac(pi=True)
-    relative = rule.update(rule.start(sides("dense")), one, {**OPTIONS, "relative_damping": True}, 0)
+    relative = rule.update(
+        rule.start(sides("dense")), one, {**OPTIONS, "relative_damping": True}, 0
+    )
     product = float(one.H_K.average_trace() * one.H_C.average_trace())
-    absolute = rule.update(rule.start(sides("dense")), one, {**OPTIONS, "damping": 1e-3 * product}, 0)
+    absolute = rule.update(
+        rule.start(sides("dense")), one, {**OPTIONS, "damping": 1e-3 * product}, 0
+    )
     for key in rule.keeps:
         torch.testing.assert_close(relative[key].dense(), absolute[key].dense(), rtol=1e-12, atol=0)
 
@@ -157,6 +175,8 @@ def test_it_trains_a_network_whose_parameters_are_bfloat16():
     model.bfloat16()
     batches = [(x.bfloat16(), y) for x, y in batches[:1] * 20]
     optimizer = SINGD(model, rule="kfac", **{**PLAIN, **FAST, "lr": 0.1})
-    losses = train(model, optimizer, batches, lambda output, y: nn.functional.cross_entropy(output.float(), y))
+    losses = train(
+        model, optimizer, batches, lambda output, y: nn.functional.cross_entropy(output.float(), y)
+    )
     assert losses[-1] < 0.5 * losses[0]
     assert {A.dtype for A in optimizer.factors("0")} == {torch.bfloat16}

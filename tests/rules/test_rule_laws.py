@@ -68,7 +68,10 @@ def identical(a, b):
     leaves = torch.utils._pytree.tree_leaves
     a, b = leaves(a), leaves(b)
     assert len(a) == len(b) > 5
-    return all(torch.equal(v, w) if isinstance(v, torch.Tensor) else v == w for v, w in zip(a, b, strict=True))
+    return all(
+        torch.equal(v, w) if isinstance(v, torch.Tensor) else v == w
+        for v, w in zip(a, b, strict=True)
+    )
 
 
 # -- statistics ----------------------------------------------------------------------------------------

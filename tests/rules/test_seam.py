@@ -22,7 +22,12 @@ def run(**options):
 
 @pytest.mark.parametrize(
     "name, rule",
-    [("singd", rules.Singd), ("ikfac", rules.Ikfac), ("kfac", rules.Kfac), ("shampoo", rules.Shampoo)],
+    [
+        ("singd", rules.Singd),
+        ("ikfac", rules.Ikfac),
+        ("kfac", rules.Kfac),
+        ("shampoo", rules.Shampoo),
+    ],
 )
 def test_a_name_is_an_object(name, rule):
     assert type(find_rule(name)) is rule and find_rule(name).name == name
@@ -43,9 +48,13 @@ def test_kfac_like_beside_another_rule_is_refused(rule):
 
 
 def test_unknown_rules_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"^Unknown rule 'kfca'; choose from 'singd', 'ikfac', .*\.$"):
+    with pytest.raises(
+        ValueError, match=r"^Unknown rule 'kfca'; choose from 'singd', 'ikfac', .*\.$"
+    ):
         SINGD(nn.Linear(2, 2), rule="kfca")
-    with pytest.raises(TypeError, match="rule must be a name or an object of a Rule class, got <class"):
+    with pytest.raises(
+        TypeError, match="rule must be a name or an object of a Rule class, got <class"
+    ):
         SINGD(nn.Linear(2, 2), rule=rules.Kfac)
     with pytest.raises(ValueError, match="Unknown rule"):
         SINGD(nn.Linear(2, 2)).add_param_group({"params": [], "rule": "kfca"})
@@ -99,7 +108,8 @@ def test_register_rule():
 
 
 @pytest.mark.parametrize(
-    "structures", [("dense", "triutoeplitz"), ("hierarchical3_2", "dense"), ("triurank4first", "diagonal")]
+    "structures",
+    [("dense", "triutoeplitz"), ("hierarchical3_2", "dense"), ("triurank4first", "diagonal")],
 )
 def test_kfac_refuses_structures_that_have_no_inverse_of_their_own(structures):
     bad = next(s for s in structures if s not in ("dense", "diagonal"))

@@ -95,7 +95,13 @@ def test_matrices_outside_of_layers_move_as_the_textbook_says(name):
                 if n in loose:
                     d_o, d_i = p.shape
                     options = dict(damping=0.1, lr_cov=0.2, alpha1=0.5)
-                    update(states[p], torch.eye(d_i).double(), torch.eye(d_o).double(), p.grad, **options)
+                    update(
+                        states[p],
+                        torch.eye(d_i).double(),
+                        torch.eye(d_o).double(),
+                        p.grad,
+                        **options,
+                    )
                     own[p] = p.detach() - 0.05 * direction(states[p], p.grad)
             alone.step()
             for p, value in own.items():
@@ -117,7 +123,9 @@ def test_rules_that_need_rows_leave_them_to_adamw(name, rule):
     make, loose = MODELS[name]
     optimizer = SINGD(make(), **{**OPTIONS, "rule": rule})
     params = dict(optimizer._names)
-    adam = {params[p] for g in optimizer.param_groups if g["algorithm"] == "adamw" for p in g["params"]}
+    adam = {
+        params[p] for g in optimizer.param_groups if g["algorithm"] == "adamw" for p in g["params"]
+    }
     assert set(loose) <= adam
     with pytest.raises(ValueError, match=f"SINGD doesn't precondition layer '{loose[0]}'"):
         optimizer.factors(loose[0])
@@ -127,7 +135,13 @@ def test_rules_that_need_rows_leave_them_to_adamw(name, rule):
 def test_it_trains_and_resumes(name):
     make, loose = MODELS[name]
     model = make().double()
-    options = {**OPTIONS, "lr": 0.01, "scaled_start": True, "relative_damping": True, "match_rms": 0.2}
+    options = {
+        **OPTIONS,
+        "lr": 0.01,
+        "scaled_start": True,
+        "relative_damping": True,
+        "match_rms": 0.2,
+    }
     options |= {"normalize_lr_cov": "spectral", "lr": 0.1}
     optimizer = SINGD(model, **options)
     losses = train(model, optimizer, 10)
@@ -166,7 +180,9 @@ def test_a_group_of_loose_matrices_takes_the_rule_of_its_own():
 
 def test_half_precision_gradients():
     model = Attention().bfloat16()
-    optimizer = SINGD(model, **{**OPTIONS, "preconditioner_dtype": torch.float32, "relative_damping": True})
+    optimizer = SINGD(
+        model, **{**OPTIONS, "preconditioner_dtype": torch.float32, "relative_damping": True}
+    )
     x, y = torch.randn(8, 5, 6).bfloat16(), torch.randint(0, 3, (8,))
     for _ in range(3):
         optimizer.zero_grad()
