@@ -4,10 +4,11 @@ PORT ?= 8000
 BIN := .venv/bin
 PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
 COSTS = docs/_data/what_it_costs.json
+EVIDENCE = docs/_data/evidence.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab bench clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence fuzz clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +40,9 @@ doctest: .venv/ready ## Run the examples in docstrings
 tests: .venv/ready ## Run the tests, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -rs
 
+fuzz: .venv/ready ## Run the nets on 10,000 random examples, and write what they tried into the docs
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/nets/figures.py 10000 $(SEED)
+
 gallery: .venv/ready ## Run every notebook of the gallery and compare its outputs
 	@$(BIN)/python tools/notebooks.py check
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks \
@@ -64,14 +68,24 @@ docs: .venv/docs ## Build the site; unchanged pages are not run again
 
 browser: docs ## Read the built site in a real browser (needs Chromium)
 	@command -v chromium >/dev/null || { echo "The browser tests need Chromium; install it first."; exit 1; }
-	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py -n auto --dist worksteal
+	@SINGD_BROWSER=1 $(BIN)/pytest tests/test_site.py tests/test_slides.py tests/test_interactive.py -n auto --dist worksteal
 
 serve: docs ## Serve the site on this machine
 	@echo "http://127.0.0.1:$(PORT)"
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory docs/_build/site
 
-lab: .venv/lab ## Open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab notebooks
+lab: .venv/lab ## Open JupyterLab on the course
+	@$(BIN)/jupyter lab $(firstword $(filter-out %_solution.ipynb,$(wildcard notebooks/plot_0*.ipynb)) notebooks)
+
+slides: .venv/docs ## Make slides of every notebook; they open without a network
+	@$(BIN)/python tools/slides.py build/slides
+
+archive: ## Pack the gallery, its notebooks and the package into build/singd-gallery.zip
+	@mkdir -p build
+	@$(PYTHON) tools/archive.py build/singd-gallery.zip
+
+sheet: docs ## Print the cheat sheet to docs/_static/cheat_sheet.pdf (needs Chromium)
+	@$(BIN)/python tools/cheat_sheet.py
 
 build/peers/ready: tests/benchmarks/peers.txt .venv/ready
 	@echo "Installing the published package into build/peers, beside ours ..."
@@ -83,6 +97,9 @@ bench: build/peers/ready ## Measure what everything costs, next to other optimiz
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py --peers build/peers $(COSTS)
 	@$(BIN)/python tools/notebooks.py --force build plot_45_what_it_costs
 	@$(BIN)/python tools/run_page.py gallery/4_structures/plot_45_what_it_costs.py build/bench
+
+evidence: build/peers/ready ## Compare with tuned AdamW, Muon, SOAP, ... on five tasks (hours; goes on where it stopped)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/evidence/evidence.py $(WITH) $(EVIDENCE)
 
 clean: ## Remove what the targets made
 	rm -rf .venv build dist docs/_build docs/auto_gallery docs/gen_modules src/*.egg-info .*_cache

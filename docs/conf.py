@@ -13,6 +13,7 @@ import sphinxcontrib.katex as _katex
 HERE = pathlib.Path(__file__).parent.resolve()
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE / "_ext"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 project = "singd"
 author = "the singd developers"
@@ -35,6 +36,9 @@ extensions = [
     "sphinxext.opengraph",
     "sphinx_sitemap",
     # in docs/_ext
+    "interactive",
+    "lessons",
+    "page_facts",
     "public_names",
     "structures_table",
 ]
@@ -49,6 +53,10 @@ exclude_patterns = [
     "structures_table.md",  # included by a page
 ]
 nitpicky = True
+nitpick_ignore = [  # of what `SINGD.stats` is made of, and nobody calls
+    ("py:class", "singd.blocks.Block"),
+    ("py:class", "singd.processes.ownership.Ownership"),
+]
 
 # -- reST, MyST, notebooks, bibliography
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
@@ -108,7 +116,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "abort_on_example_error": True,
     "write_computation_times": False,
-    "min_reported_time": 1e9,
+    "min_reported_time": 0,  # page_facts shows it at the top
     "image_srcset": ["2x"],
     "download_all_examples": False,
 }
@@ -121,26 +129,13 @@ html_css_files = ["custom.css"]
 html_baseurl = "https://example.org/singd/"
 html_show_sourcelink = False
 html_context = {"default_mode": "auto"}  # without it: a console warning on the first visit
-html_sidebars = {
-    p: []
-    for p in (
-        "index",
-        "install",
-        "concepts",
-        "structures",
-        "choosing",
-        "api",
-        "comparison",
-        "changelog",
-        "bibliography",
-    )
-}
+html_sidebars = {page.stem: [] for page in HERE.glob("*.md")}  # the gallery alone has one
 html_theme_options = {
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
     "show_toc_level": 2,
     "navigation_with_keys": True,
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 7,
     "pygments_light_style": "tango",
     "pygments_dark_style": "monokai",
     "secondary_sidebar_items": [
@@ -160,5 +155,20 @@ def _bring_notebooks(app):
         shutil.copyfile(ROOT / "notebooks" / f"{page.stem}.ipynb", page.with_suffix(".ipynb"))
 
 
+def _bring_slides_and_archive(app, exception):
+    """What the pages link to, and Sphinx does not make."""
+    if exception is None and app.builder.format == "html":
+        import archive
+        import slides
+
+        out = pathlib.Path(app.outdir)
+        slides.write(out / "slides", slides.names())
+        archive.write(out / "singd-gallery.zip")
+        (out / "solutions").mkdir(exist_ok=True)
+        for path in (*ROOT.glob("notebooks/*_solution.ipynb"), ROOT / "notebooks/course_check.py"):
+            shutil.copyfile(path, out / "solutions" / path.name)
+
+
 def setup(app):
     app.connect("builder-inited", _bring_notebooks, priority=900)  # after sphinx-gallery's
+    app.connect("build-finished", _bring_slides_and_archive)

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from models import mlp, model_and_batches, train
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 BAD = [
     (dict(lr=-1.0), ValueError, "lr must be a finite number >= 0, got -1.0."),
@@ -34,7 +33,11 @@ BAD = [
         "kfac_approx must be one of 'expand', 'reduce', got 'expan'.",
     ),
     (dict(kfac_like=1), TypeError, "kfac_like must be True or False, got 1."),
-    (dict(normalize_lr_cov="no"), ValueError, "normalize_lr_cov must be one of False, True, 'spectral', got 'no'."),
+    (
+        dict(normalize_lr_cov="no"),
+        ValueError,
+        "normalize_lr_cov must be one of False, True, 'spectral', got 'no'.",
+    ),
     (
         dict(structures=("dense",)),
         ValueError,

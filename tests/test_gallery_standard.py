@@ -18,6 +18,20 @@ sphinx_gallery = pytest.importorskip("sphinx_gallery.py_source_parser")
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted((ROOT / "gallery").glob("*/plot_*.py"))
 INDENTED = r"(?:\n(?:[ \t]*\n)*\1[ \t]+[^\n]*)*"  # the lines below a directive in group 1
+# As gallery/matplotlibrc says; structures only where a page names them so.
+COLOURS = {
+    "SINGD": "C0",
+    "AdamW": "C1",
+    "KFAC": "C2",
+    "Shampoo": "C4",
+    "Muon": "C5",
+    "SOAP": "C6",
+    "SGD": "C7",
+    "IKFAC": "C9",
+    "dense": "C0",
+    "hierarchical": "C5",
+    "diagonal": "C9",
+}
 ROLE = re.compile(r":(?:ref|doc|class|func|meth|attr|mod):`(?:[^`<]*<)?([^`>]*)>?`")
 
 
@@ -35,8 +49,15 @@ class Page:
         _, blocks = sphinx_gallery.split_code_and_text_blocks(str(path))
         self.text = "\n\n".join(b[1] for b in blocks if b[0] == "text")
         self.code = "\n".join(b[1] for b in blocks if b[0] == "code")
+        self.shown = sphinx_gallery.remove_config_comments(
+            sphinx_gallery.remove_ignore_blocks(self.code)
+        )
         self.code = sphinx_gallery.remove_config_comments(self.code)
-        self.notebook = nbformat.read(ROOT / "notebooks" / f"{path.stem}.ipynb", as_version=4)
+        self.is_lesson = path.parent.name == "0_course"
+        answered = "_solution" if self.is_lesson else ""
+        self.notebook = nbformat.read(
+            ROOT / "notebooks" / f"{path.stem}{answered}.ipynb", as_version=4
+        )
 
     def directive(self, kind, title=""):
         """The body of the first directive of this kind with this title."""
@@ -59,7 +80,7 @@ def page(request):
 
 def test_its_length(page):
     assert 300 <= len(page.words()) <= 600
-    code = [line.strip() for line in page.code.splitlines()]
+    code = [line.strip() for line in page.shown.splitlines()]
     code = [line for line in code if line and not line.startswith("#")]
     assert 60 <= len(code) <= 120
 
@@ -111,6 +132,12 @@ def test_its_exercise_has_a_solution_that_runs(page):
     assert all(run[s] for s in solutions), "not run in the notebook"
 
 
+def test_a_lesson_has_two_exercises(page):
+    if page.is_lesson:
+        for kind in ("admonition:: Exercise", "dropdown:: Solution"):
+            assert len(re.findall(rf"^\.\. {kind}", page.text, re.M)) == 2
+
+
 def test_it_has_four_links_and_says_where_to_go_next(page):
     links = set(ROLE.findall(page.text))
     assert len(links) >= 4
@@ -131,3 +158,14 @@ def test_no_output_is_an_address(page):
         for output in cell.get("outputs", []):
             shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
             assert not re.search(r" at 0x|<bound method", shown), cell.source.splitlines()[-1]
+
+
+def test_each_optimizer_and_structure_has_its_colour(page):
+    """Where a page gives colours in a dictionary by these names, as its figures should."""
+    for mapping in (n for n in ast.walk(ast.parse(page.code)) if isinstance(n, ast.Dict)):
+        for key, value in zip(mapping.keys, mapping.values, strict=True):
+            name = key.value if isinstance(key, ast.Constant) else None
+            colours = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant)]
+            colours = [c for c in colours if isinstance(c, str) and re.fullmatch(r"C\d", c)]
+            if name in COLOURS:
+                assert set(colours) <= {COLOURS[name]}, f"{name} is {COLOURS[name]}"

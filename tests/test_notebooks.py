@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 
 import pytest
@@ -121,6 +122,86 @@ def test_a_solution_becomes_a_folded_cell(tool, notebook):
     assert cell.source == "two = 2\nfor _ in range(2):\n\n    two += 1"
     assert cell.metadata["jupyter"] == {"source_hidden": True}
     assert [c for c in notebook.cells if "jupyter" in c.metadata] == [cell]
+
+
+GUARDED = '''"""
+A claim
+=======
+
+.. admonition:: Exercise
+
+   Double one.
+
+.. dropdown:: Solution
+
+   Add it to itself:
+
+   .. code-block:: python
+
+       assert one + one == 2
+
+After.
+"""
+
+one = 1
+# sphinx_gallery_start_ignore
+assert one == 1
+# sphinx_gallery_end_ignore
+two = 2
+'''
+
+
+def cells(nb):
+    return [(c.source, c.metadata.get("tags")) for c in nb.cells if c.cell_type == "code"]
+
+
+def test_what_the_page_hides_is_folded_and_still_run(tool):
+    page = tool.scripts()[0]
+    page.write_text(GUARDED)
+    assert cells(tool.convert(page))[1:] == [
+        ("one = 1", None),
+        ("assert one == 1", ["hide-input"]),
+        ("two = 2", None),
+    ]
+
+
+def test_hidden_lines_that_are_no_whole_statements_are_refused(tool):
+    page = tool.scripts()[0]
+    indented = re.sub(r"^(# sphinx_gallery|assert one)", r"    \1", GUARDED, flags=re.M)
+    page.write_text(indented.replace("one = 1\n", "one = 1\nif one:\n"))
+    with pytest.raises(
+        SystemExit, match=r"plot_1_claim\.py: the ignored lines in .* line 19 must be"
+    ):
+        tool.convert(page)
+
+
+def test_a_lesson_asks_in_one_notebook_and_answers_in_another(tool):
+    page = tool.GALLERY / "0_course" / "plot_02_lesson.py"
+    page.parent.mkdir()
+    page.write_text(GUARDED)
+    tool.scripts()[1].unlink()
+    made = {path.name: nb for path, nb in tool.notebooks(page).items()}
+    asks, answers = made["plot_02_lesson.ipynb"], made["plot_02_lesson_solution.ipynb"]
+    assert cells(asks)[0] == (
+        "# Your answer\n\n\n"
+        "# Is it right? Give the checker a function of residuals [n] and sigma:\n"
+        "# empirical Fisher over Fisher, if J is constant.\n"
+        '# from course_check import check\n# check("02.1", ...)\n'
+        "# A solution is in plot_02_lesson_solution.ipynb",
+        ["answer"],
+    )
+    assert "Add it" not in str(asks) and "Double one" in str(asks) and "After." in str(asks)
+    assert cells(asks)[1:] == cells(answers)[1:]
+    assert cells(answers)[0][0] == "assert one + one == 2"
+
+    for name, nb in made.items():
+        for cell in nb.cells:
+            if cell.cell_type == "code":
+                cell.execution_count = 1
+        tool.write(nb, tool.NOTEBOOKS / name)
+    assert check(tool) == 0
+    (tool.NOTEBOOKS / "plot_02_lesson_solution.ipynb").unlink()
+    assert check(tool) == 1
 
 
 def check(tool):

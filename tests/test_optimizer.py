@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 from models import model_and_batches, train
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 
 class Everything(nn.Module):

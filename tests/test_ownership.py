@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 from models import assert_same, model_and_batches, train
+from published import SINGD
 from torch import nn
 
-from singd import SINGD, registered_structures
+from singd import registered_structures
 from singd.processes.collectives import Layout
 from singd.processes.ownership import balanced, cost
 

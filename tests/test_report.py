@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 from models import model_and_batches, train
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 
 def vector(layer, what):

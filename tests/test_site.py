@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import html.parser
 import http.server
+import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import threading
 import urllib.parse
+import zipfile
 
 import pytest
 
-SITE = pathlib.Path(
-    os.environ.get("SINGD_SITE", pathlib.Path(__file__).parent.parent / "docs/_build/site")
-)
+ROOT = pathlib.Path(__file__).parent.parent
+SITE = pathlib.Path(os.environ.get("SINGD_SITE", ROOT / "docs/_build/site"))
 CHROMIUM = os.environ.get("CHROMIUM", shutil.which("chromium") or "chromium")
 REQUIRED = bool(os.environ.get("SINGD_BROWSER"))  # CI: what would be skipped fails
 if not REQUIRED and not (SITE / "index.html").exists():
@@ -24,7 +26,7 @@ if not REQUIRED and not (SITE / "index.html").exists():
 PAGES = sorted(
     p.relative_to(SITE).as_posix()
     for p in SITE.rglob("*.html")
-    if not p.relative_to(SITE).parts[0].startswith(("_", "genindex", "search"))
+    if not p.relative_to(SITE).parts[0].startswith(("_", "genindex", "search", "slides"))
 )
 assert PAGES or not REQUIRED, f"no page in {SITE}"
 ARGS = [
@@ -263,6 +265,106 @@ def test_the_landing_page_has_three_doors(visit):
         page.locator(".sd-card").nth(number).click(position={"x": 10, "y": 10})
         page.wait_for_url(lambda url: not url.endswith("/index.html") or "auto_gallery" in url)
         assert page.locator("h1").count() == 1
+
+
+# ---- ways in: what a new reader asks, from the landing page by clicks alone, in at most three
+WAYS = {
+    "What is the empirical Fisher?": (["What is the empirical Fisher?"], "labels of the data"),
+    "Which structure should I take?": (
+        ["Which structure should I take?"],
+        "How to choose a structure",
+    ),
+    "Why did my run diverge?": (["Why did my run diverge?"], "When it does not work"),
+    "the same, by the map": (["Which page do I need?", "When it does not work"], "damping x 10"),
+    "What is a structure?": (["Which page do I need?", "Glossary"], "closed under sums, multiples"),
+    "the plan of the course": (["I want to teach it"], "Two hours"),
+    "a figure to move": (["I want to teach it", "the figure"], "Three figures to move"),
+}
+
+
+@pytest.mark.parametrize("question", WAYS)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_answer_is_at_most_three_clicks_away(visit, question, width):
+    clicks, answer = WAYS[question]
+    assert len(clicks) <= 3
+    page = visit("index.html", width=width)
+    for text in clicks:
+        before = page.url
+        link = page.locator(".bd-article a, .bd-article .sd-card").get_by_text(text, exact=False)
+        link.first.click(force=True)  # a card is covered by its link
+        page.wait_for_url(lambda url, before=before: url != before)
+        page.wait_for_load_state("load")
+    assert " ".join(answer.split()) in " ".join(page.locator(".bd-article").inner_text().split())
+    if page.url.count("#"):  # and the answer is what one sees, not somewhere below
+        top = page.evaluate(
+            "document.getElementById(decodeURIComponent(location.hash.slice(1))).getBoundingClientRect().top"
+        )
+        assert -5 <= top < 500
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("empirical fisher", "glossary"),
+        ("choose structure", "structures"),
+        ("diverge", "choosing"),
+        ("pi-damping", "glossary"),
+        ("quiz", "teach"),
+    ],
+)
+def test_an_answer_is_one_search_away(visit, words, found):
+    page = visit("search.html?q=" + urllib.parse.quote_plus(words))
+    page.wait_for_selector(f"#search-results li a[href*='{found}.html']")
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if "/plot_" in p])
+def test_a_page_of_the_gallery_says_what_it_needs_and_has_slides(visit, path):
+    page = visit(path)
+    needs = page.locator("p.page-facts").first.inner_text()
+    assert "Needs" in needs and "torch" in needs
+    assert re.search(r"Runs in about \d+ s", needs), "the site was built without running the page"
+    page.locator("p.page-facts a", has_text="Slides").click()
+    page.wait_for_selector("body[data-ready=yes]")
+    assert page.locator(".slide").count() >= 8
+
+
+def test_the_gallery_comes_as_one_archive(visit, tmp_path):
+    page = visit("auto_gallery/index.html")
+    with page.expect_download() as d:
+        page.get_by_role("link", name="Download the whole gallery").click()
+    d.value.save_as(tmp_path / "gallery.zip")
+    names = zipfile.ZipFile(tmp_path / "gallery.zip").namelist()
+    assert "singd-gallery/requirements.txt" in names
+    assert sum(n.endswith(".ipynb") for n in names) >= len([p for p in PAGES if "/plot_" in p])
+
+
+def test_the_cheat_sheet_is_one_printed_page(browser, base):
+    spec = importlib.util.spec_from_file_location("cheat_sheet", ROOT / "tools" / "cheat_sheet.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    kept = tool.PDF.read_bytes()
+    assert tool.pages(kept) == 1
+    assert tool.recorded(kept) == tool.digest(), "the text has changed: run `make sheet`"
+    assert tool.pages(tool.print_page(browser, base + "cheat_sheet.html")) == 1
+
+
+def test_the_interactive_figures_are_on_their_page(visit):
+    page = visit("interactive.html", width=390, scheme="dark")
+    assert page.locator(".interactive output").count() == 3
+    before = page.locator("#figure-damping output").inner_text()
+    page.locator("#figure-damping input[name=c]").focus()
+    page.keyboard.press("End")
+    assert page.locator("#figure-damping output").inner_text() != before
+    assert "interactive.html" in page.url, "an arrow key turned the page"
+
+
+def test_the_quiz_folds_its_answers(visit):
+    page = visit("teach.html")
+    answers = page.locator("details.sd-dropdown")
+    assert answers.count() == 12
+    assert not answers.first.locator("p").last.is_visible()
+    answers.first.locator("summary").click()
+    assert answers.first.locator("p").last.is_visible()
 
 
 def test_dark_mode(visit):

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 from models import SHAPES, model_and_batches
+from published import SINGD
 from torch import nn
 
-from singd import SINGD
-from singd.structures import Dense
 from singd.rules.ikfac import ikfac_momentum
 from singd.rules.singd import moved_factor, riemannian_momenta
+from singd.structures import Dense
 
 F64 = torch.float64
 

@@ -3,18 +3,26 @@
 python tools/notebooks.py build [NAME ...]   convert and execute (only what changed, unless --force)
 python tools/notebooks.py check              exit 1 if a notebook differs from its script, was not
                                              executed, or holds an error or a warning
+
+A lesson of the course (gallery/0_course) becomes two notebooks: NAME.ipynb asks, with an empty cell for each
+answer, and NAME_solution.ipynb answers. All other pages become one, with their solutions folded.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
+import functools
 import hashlib
+import importlib.util
+import itertools
 import os
 import pathlib
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import nbformat
 from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
@@ -23,12 +31,19 @@ from sphinx_gallery.py_source_parser import remove_config_comments, split_code_a
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GALLERY, NOTEBOOKS = ROOT / "gallery", ROOT / "notebooks"
+CHECKER = NOTEBOOKS / "course_check.py"
 QUOTE = "\x01"  # stands for ">", which sphinx-gallery would take for a heading's underline
 # `# sphinx_gallery_nbval = "nbval-ignore-output"` in a code block: a tag of its cell (and nothing on the page)
 TAG = re.compile(r'^# sphinx_gallery_nbval = "([a-z-]+)"$', re.M)
 # An indented block below a directive.
 BLOCK = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
 DROPDOWN = re.compile(r"^\.\. dropdown::[^\n]*" + BLOCK, re.M)
+# A part of a code block that guards the text: not on the page, folded in the notebook, and run in both.
+GUARD = re.compile(
+    r"^[ \t]*# ?sphinx_gallery_start_ignore\n(.*?)^[ \t]*# ?sphinx_gallery_end_ignore[ \t]*\n?",
+    re.M | re.S,
+)
+COURSE = "0_course"  # the folder whose solutions go into notebooks of their own
 SOLUTION = re.compile(r"\n( +)\.\. code-block:: python\n((?:\1 +[^\n]*\n?|[ \t]*\n)*)")
 ADMONITIONS = "admonition|note|warning|tip|important|hint|seealso|caution|attention|danger|error"
 
@@ -99,6 +114,8 @@ def _rst(text: str) -> str:
     text = re.sub(r"^\.\. dropdown::([^\n]*)" + BLOCK, dropdown, text, flags=re.M)
     text = re.sub(r"^\.\. list-table::[^\n]*" + BLOCK, table, text, flags=re.M)
     text = re.sub(r"^\.\. code-block::([^\n]*)" + BLOCK, code, text, flags=re.M)
+    moved = "*Here the site has a figure to move.*"
+    text = re.sub(r"^\.\. interactive::[^\n]*", moved, text, flags=re.M)
     text = re.sub(r":(?!math\b)([a-z]+(?::[a-z]+)?):`([^`]+)`", _role, text)
     text = re.sub(r"(?<!`)``(?!`)", "`", text)
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -113,18 +130,66 @@ def solutions(text: str) -> list[str]:
     ]
 
 
-def _cells(block: tuple) -> list[tuple[str, str, int, list[str]]]:
+def _code(content: str, line: int, script: str) -> list[tuple[str, str, int, list[str]]]:
+    """The cells of a code block: what the page shows, and, folded, what it hides."""
+    tags = TAG.findall(content)
+    cells = []
+    for i, part in enumerate(GUARD.split(content)):
+        hidden = i % 2
+        try:
+            ast.parse(part)
+        except SyntaxError:
+            raise SystemExit(
+                f"{script}: the ignored lines in the block at line {line} must be whole statements "
+                "that are not indented, because they become a cell of their own"
+            ) from None
+        part = remove_config_comments(part)
+        if part.strip():
+            cells.append(("code", part, line, [*tags, "hide-input"] if hidden else tags))
+    return cells
+
+
+@functools.cache
+def _exercises() -> dict:
+    """What the checker knows of the course's exercises."""
+    spec = importlib.util.spec_from_file_location("course_check", CHECKER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["course_check"] = module
+    spec.loader.exec_module(module)
+    return module.EXERCISES
+
+
+def _answer(name: str, script: str) -> str:
+    """The empty cell in place of a solution: what to give to the checker, and where the solution is."""
+    lines = ["# Your answer", "", ""]
+    if exercise := _exercises().get(name):
+        asks = textwrap.wrap(f"Is it right? Give the checker {exercise.asks}.", 76)
+        lines += [f"# {line}" for line in asks]
+        lines += ["# from course_check import check", f'# check("{name}", ...)']
+    lines.append(f"# A solution is in {script.removesuffix('.py')}_solution.ipynb")
+    return "\n".join(lines)
+
+
+def _cells(
+    block: tuple, names: Iterator[str] | None, script: str
+) -> list[tuple[str, str, int, list[str]]]:
     """What a block of a script becomes: kind, content, line, tags.
 
     A solution that is code becomes a folded cell of its own, below the text that folds it on the site. So it is
-    run with the notebook, after the page, and its asserts hold.
+    run with the notebook, after the page, and its asserts hold. Where ``names`` of exercises are given, the
+    notebook only asks, and an empty cell stands in the solution's place.
     """
     kind, content, line = tuple(block)[:3]
     if kind == "code":
-        return [(kind, remove_config_comments(content), line, TAG.findall(content))]
+        return _code(content, line, script)
     cells, start = [], 0
     for dropdown in DROPDOWN.finditer(content):
-        if code := solutions(dropdown[0]):
+        code = solutions(dropdown[0])
+        if names and dropdown[0].startswith(".. dropdown:: Solution"):
+            cells.append(("text", _rst(content[start : dropdown.start()]), line, []))
+            cells.append(("code", _answer(next(names), script), line, ["answer"]))
+            start = dropdown.end()
+        elif code:
             prose = SOLUTION.sub("\n", dropdown[0])
             cells.append(("text", _rst(content[start : dropdown.start()] + prose), line, []))
             cells.extend(("code", c, line, ["hide-input"]) for c in code)
@@ -134,11 +199,14 @@ def _cells(block: tuple) -> list[tuple[str, str, int, list[str]]]:
     return cells
 
 
-def convert(script: pathlib.Path) -> nbformat.NotebookNode:
+def convert(script: pathlib.Path, asks: bool = False) -> nbformat.NotebookNode:
+    """A page as a notebook that is not executed yet; with ``asks``, answers are left to the reader."""
     _, blocks = split_code_and_text_blocks(str(script))
     new, tags = [], []
+    lesson = script.stem.split("_")[1]
+    names = (f"{lesson}.{i}" for i in itertools.count(1)) if asks else None
     for b in blocks:
-        for *cell, cell_tags in _cells(b):
+        for *cell, cell_tags in _cells(b, names, script.name):
             new.append(type(b)(*cell) if hasattr(b, "_fields") else tuple(cell))
             tags.append(cell_tags)
     conf = copy.deepcopy(DEFAULT_GALLERY_CONF)
@@ -162,6 +230,17 @@ def convert(script: pathlib.Path) -> nbformat.NotebookNode:
         nb.cells.append(cell)
     nbformat.validate(nb)
     return nb
+
+
+def notebooks(script: pathlib.Path) -> dict[pathlib.Path, nbformat.NotebookNode]:
+    """The notebooks of a page, by the path at which they are kept."""
+    path = NOTEBOOKS / f"{script.stem}.ipynb"
+    if script.parent.name != COURSE:
+        return {path: convert(script)}
+    return {
+        path: convert(script, asks=True),
+        path.with_name(f"{script.stem}_solution.ipynb"): convert(script),
+    }
 
 
 def key(nb: nbformat.NotebookNode) -> str:
@@ -221,19 +300,19 @@ def main(argv: list[str] | None = None) -> int:
     for s in scripts():
         if a.names and s.stem not in a.names:
             continue
-        path = NOTEBOOKS / f"{s.stem}.ipynb"
-        nb = convert(s)
-        old = nbformat.read(path, 4) if path.exists() else None
-        wrong = faults(old, nb)
-        if a.command == "check":
-            bad += [f"{path.relative_to(ROOT)}: {what}" for what in wrong]
-        elif wrong or a.force:
-            if not a.no_execute:
-                execute(nb)
-            write(nb, path)
-            print("wrote", path.relative_to(ROOT))
-    extra = {q.stem for q in NOTEBOOKS.glob("plot_*.ipynb")} - {s.stem for s in scripts()}
-    bad += [f"notebooks/{e}.ipynb: has no script" for e in sorted(extra)]
+        for path, nb in notebooks(s).items():
+            old = nbformat.read(path, 4) if path.exists() else None
+            wrong = faults(old, nb)
+            if a.command == "check":
+                bad += [f"{path.relative_to(ROOT)}: {what}" for what in wrong]
+            elif wrong or a.force:
+                if not a.no_execute:
+                    execute(nb)
+                write(nb, path)
+                print("wrote", path.relative_to(ROOT))
+    ours = {path.name for s in scripts() for path in notebooks(s)}
+    extra = {q.name for q in NOTEBOOKS.glob("plot_*.ipynb")} - ours
+    bad += [f"notebooks/{e}: has no script" for e in sorted(extra)]
     print("\n".join(bad) or "ok", file=sys.stderr if bad else sys.stdout)
     return bool(bad)
 

@@ -27,7 +27,8 @@ def add_anchors(app, doctree):
 def resolve(app, env, node, contnode):
     target = node.get("reftarget", "")
     for public in singd.__all__:
-        prefix = f"{getattr(singd, public).__module__}.{public}"
+        home = getattr(getattr(singd, public), "__module__", "singd")  # a constant has none
+        prefix = f"{home}.{public}"
         if node.get("refdomain") == "py" and (target + ".").startswith(prefix + "."):
             name = "singd." + public + target[len(prefix) :]
             python = env.get_domain("py")

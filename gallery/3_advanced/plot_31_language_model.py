@@ -33,14 +33,15 @@ The factor :math:`B S` undoes the mean in the loss. It is what
 """
 
 import pydoc_data.topics
+import time
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
-STEPS, BATCH, LENGTH, CONTEXT = 120, 16, 32, 8
+STEPS, BATCH, LENGTH, CONTEXT, LR = 400, 16, 32, 8, 1e-2
 _ = torch.set_num_threads(1)
 
 # %%
@@ -55,7 +56,9 @@ assert len(text) > 300_000
 
 # %%
 # The model: an embedding, a causal convolution that sees eight characters, and
-# two linear layers.
+# two linear layers. Both optimizers get the same learning rate. Of 0.003, 0.01
+# and 0.03 it was the best for each. For SINGD that is possible because
+# ``match_rms`` gives its steps the size of AdamW's.
 
 
 class Model(nn.Module):
@@ -73,21 +76,20 @@ class Model(nn.Module):
         return self.head(torch.relu(self.hidden(x)))
 
 
+FACTORS = PUBLISHED | dict(T=5, damping=0.3, relative_damping=True)
+FACTORS |= dict(lr_cov=0.2, normalize_lr_cov="spectral")
+FACTORS |= dict(scaled_start=True, fast_start=True)
+STEP = dict(lr=LR, momentum=0.95, momentum_on="gradient", nesterov=True)
+STEP |= dict(match_rms=0.2, fallback=dict(lr=LR))
+LOSS = dict(kfac_approx="expand", loss_average="batch+sequence")
+
+
 def singd(model):
-    return SINGD(
-        model,
-        lr=3e-3,
-        damping=1e-2,
-        T=1,
-        lr_cov=0.2,
-        normalize_lr_cov=True,
-        kfac_approx="expand",
-        loss_average="batch+sequence",
-    )
+    return SINGD(model, **(FACTORS | STEP | LOSS))
 
 
 def adamw(model):
-    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return torch.optim.AdamW(model.parameters(), lr=LR)
 
 
 def batch():
@@ -100,7 +102,7 @@ def fit(make):
     torch.manual_seed(0)
     model = Model()
     optimizer = make(model)
-    losses = []
+    losses, start = [], time.process_time()
     for _ in range(STEPS):
         x, y = batch()
         optimizer.zero_grad()
@@ -109,7 +111,8 @@ def fit(make):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return model, optimizer, torch.tensor(losses)
+    seconds = time.process_time() - start
+    return model, optimizer, torch.tensor(losses), seconds
 
 
 # %%
@@ -122,24 +125,28 @@ chance = torch.tensor(float(len(alphabet))).log().item()
 frequency = torch.bincount(codes) / len(codes)
 letters = -(frequency * frequency.clamp(min=1e-9).log()).sum().item()
 
-fig, ax = plt.subplots()
-for name, (_, _, losses) in runs.items():
-    ax.plot(losses.unfold(0, 10, 1).mean(1), label=name)
+fig, ax = plt.subplots(figsize=(5.4, 3.6))
+for name, (_, _, losses, _) in runs.items():
+    ax.plot(losses.unfold(0, 20, 1).mean(1), label=name)
 ax.axhline(chance, color="C7", ls=":", label="guess at random")
 ax.axhline(letters, color="C7", ls="--", label="single letters")
-ax.set(xlabel="step", ylabel="loss per character (mean of 10)")
+ax.set(xlabel="step", ylabel="loss per character (mean of 20)")
 ax.set_title("Both models learn more than single letters")
 ax.legend()
 
-for _, _, losses in runs.values():
-    assert losses[-20:].mean() < letters < chance
-late = {name: run[2][-20:].mean() for name, run in runs.items()}
-assert late["AdamW"] < late["SINGD"]
+early = {name: run[2][:100].mean() for name, run in runs.items()}
+late = {name: run[2][-100:].mean() for name, run in runs.items()}
+seconds = {name: run[3] for name, run in runs.items()}
+assert max(late.values()) < letters < chance
+assert early["AdamW"] < early["SINGD"]
+assert 0.95 < late["SINGD"] / late["AdamW"] < 1
+assert seconds["SINGD"] > seconds["AdamW"]
 
 # %%
 # Both fall below the entropy of single letters, so they use what came before.
-# AdamW is ahead all the way in this short run: SINGD's factors start from the
-# identity, and first have to learn their scale.
+# AdamW leads in the first hundred steps. In the last hundred SINGD is below,
+# but by less than 5 %, and its steps take longer. On so small a model that is
+# no reason to change.
 #
 # What SINGD learned about characters
 # -----------------------------------
@@ -148,16 +155,18 @@ assert late["AdamW"] < late["SINGD"]
 # So :math:`U` is diagonal: the frequencies. :math:`K` is diagonal, too, and
 # frequent characters get a small entry, since their rows see many gradients.
 
-model, optimizer, _ = runs["SINGD"]
+model, optimizer, *_ = runs["SINGD"]
 print(optimizer)
 K = optimizer.factors("embed").K
 assert K.numel == len(alphabet)
 
 scale = K.dense().diagonal()
-fig, ax = plt.subplots(figsize=(6, 3.6))
+fig, ax = plt.subplots(figsize=(5.4, 3.4))
 ax.semilogx(frequency, scale, "o", alpha=0.5)
 for c in "eqZ":
-    ax.annotate(c, (frequency[index[c]], scale[index[c]]), fontsize=14)
+    at = (frequency[index[c]], scale[index[c]])
+    where = dict(xytext=(0, 8), textcoords="offset points", ha="center")
+    ax.annotate(c, at, fontsize=14, **where)
 ax.set(xlabel="frequency of a character", ylabel="its entry in K")
 ax.set_title("Rare characters take larger steps")
 
@@ -168,38 +177,47 @@ assert scale[rare] > scale[frequent]
 # Let it write
 # ------------
 #
-# Draw one character after another. After 120 steps it is no prose, and there
-# are too few spaces. But the common letters come up about as often as they
-# should.
+# Draw one character after another.
 
 torch.manual_seed(0)
 written = codes[:CONTEXT].tolist()
 with torch.no_grad():
-    for _ in range(100):
+    for _ in range(200):
         logits = model(torch.tensor([written[-CONTEXT:]]))[0, -1]
         written.append(torch.multinomial(logits.softmax(0), 1).item())
-spaces = sum(alphabet[i] == " " for i in written) / len(written)
-assert spaces < frequency[index[" "]]
+print("".join(alphabet[i] for i in written))
 
-counts = torch.bincount(torch.tensor(written), minlength=len(alphabet))
-top = frequency.argsort(descending=True)[:12].tolist()
-names = [repr(alphabet[i]) for i in top]
-fig, ax = plt.subplots(figsize=(6, 3))
-ax.bar(names, frequency[top], width=-0.4, align="edge", label="the manual")
-ax.bar(names, counts[top] / 108, width=0.4, align="edge", label="the model")
-ax.set(
-    xlabel="character",
-    ylabel="share",
-    title="Letters come, spaces are too few",
-)
-_ = ax.legend()
+# %%
+# It has the look of the manual from afar: words of a likely length, some of
+# them English, and no sense. Eight characters of context allow no more.
+#
+# What surprises the model? For each character of a text, the loss says how
+# unlikely it was.
+
+with torch.no_grad():
+    part = codes[:20_001]
+    logits = model(part[None, :-1])[0]
+surprise = nn.functional.cross_entropy(logits, part[1:], reduction="none")
+shown = "".join(alphabet[i] for i in part[1001:1041])
+fig, ax = plt.subplots(figsize=(5.4, 3))
+ax.vlines(range(40), 0, surprise[1000:1040], lw=5)
+ax.set_xticks(range(40), ["␣" if c.isspace() else c for c in shown])
+ax.tick_params(axis="x", length=0)
+ax.set(ylabel="loss of this character", xlabel="a line of the manual")
+ax.set_title("Inside a word, the next letter is easier")
+
+letter = torch.tensor([c.isalpha() for c in alphabet])[part]
+start, inside = letter[1:] & ~letter[:-1], letter[1:] & letter[:-1]
+ratio = surprise[start].mean() / surprise[inside].mean()
+print(f"loss at the start of a word over that inside: {ratio:.1f}")
+assert ratio > 1.3
 
 # %%
 # When not to use this
 # --------------------
 #
 # With a vocabulary of 50,000, the head's :math:`C` has 50,000 rows. Give it
-# the structure ``diagonal``. And 120 steps say nothing about long training.
+# the structure ``diagonal``. And 400 steps say nothing about long training.
 #
 # .. admonition:: Lessons learned
 #
@@ -223,8 +241,9 @@ _ = ax.legend()
 #        def G_of_head(loss_average, positions):
 #            torch.manual_seed(0)
 #            model = Model()
-#            options = dict(T=1, lr_cov=0.1, damping=0.0, kfac_like=True)
-#            optimizer = SINGD(model, loss_average=loss_average, **options)
+#            ikfac = dict(rule="ikfac", T=1, lr_cov=0.1, damping=0.0)
+#            ikfac = PUBLISHED | ikfac | dict(loss_average=loss_average)
+#            optimizer = SINGD(model, **ikfac)
 #            x, y = batch()
 #            output = model(x).flatten(0, 1)
 #            loss = nn.functional.cross_entropy(output, y.flatten())

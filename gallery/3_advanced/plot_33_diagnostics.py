@@ -1,18 +1,19 @@
 r"""
-Is my run healthy? Reading ``optimizer.stats()``
-================================================
+What is wrong with my run? Reading ``optimizer.stats()``
+========================================================
 
-A preconditioner that goes wrong does so some steps before the loss shows it.
-``optimizer.stats()`` lets you watch: plain numbers for each layer, computed
-only when you ask. This page reads them for a healthy run, a stale one and a
-diverging one, and shows the remedies.
+The loss tells you *that* something is wrong. It does not tell you what: a
+preconditioner that stands still and a learning rate that is too small look
+the same. ``optimizer.stats()`` tells them apart by plain numbers for each
+layer, computed only when you ask. This page reads them for four runs, a
+healthy one and three sick ones, and shows the remedies.
 
 .. admonition:: What you will learn
 
    - **Log** the statistics of every layer.
    - **Recognise** a healthy, a stale and a diverging preconditioner.
-   - **Choose** the remedy: ``lr_cov``, ``normalize_lr_cov``, ``damping`` or
-     ``T``.
+   - **Choose** the remedy: ``lr``, ``lr_cov``, ``normalize_lr_cov``,
+     ``damping`` or ``T``.
 
    You should have read
    :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
@@ -29,7 +30,10 @@ The factors start as identities and follow
    K \leftarrow K - \beta_1 K m_K .
 
 If :math:`K` and :math:`C` fit the curvature, the bracket is zero. So the size
-of :math:`m_K` says how far they are from fitting: it must shrink.
+of :math:`m_K` says how far they are from fitting: it must shrink. And since
+:math:`K` becomes :math:`K (I - \beta_1 m_K)`, a step with
+:math:`\beta_1 \lVert m_K \rVert` far above 1 can turn directions of :math:`K`
+around, and make them longer instead of shorter.
 """
 
 import math
@@ -39,9 +43,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH = 120, 64
+BASE = PUBLISHED | dict(lr=3e-3)
+FAST = dict(T=1, lr_cov=0.2, normalize_lr_cov=True)  # for a short run
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 # %%
@@ -56,7 +62,7 @@ def fit(**options):
     """Train; return the losses and the first layer's stats of each step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = SINGD(model, lr=3e-3, **options)
+    optimizer = SINGD(model, **(BASE | options))
     losses, stats = [], []
     for _ in range(STEPS):
         batch = torch.randint(0, len(images), (BATCH,))
@@ -73,27 +79,29 @@ def fit(**options):
 # %%
 # One call gives one dictionary for each layer. Log it as it is.
 
-losses, stats = fit(T=1, lr_cov=0.2, normalize_lr_cov=True)
+losses, stats = fit(**FAST)
 for name, value in stats[-1].items():
     print(f"{name:13}{value:10.1f}")
 
 # %%
-# Three runs
-# ----------
+# Four runs
+# ---------
 #
-# The first follows the advice for short runs. The second uses the defaults,
-# ``T=10`` and ``lr_cov=0.01``. The third takes large steps on the factors, and
-# nothing bounds them.
+# The first follows the advice for short runs. The second takes the published
+# pace, ``T=10`` and ``lr_cov=0.01``. The third has healthy factors, but a
+# hundredth of the learning rate. The fourth takes large steps on the factors,
+# and nothing bounds them.
 #
-# **Before you run on:** in which of them is :math:`m_K` large in the end?
+# **Before you run on:** which two losses will look alike?
 
 SETTINGS = {
-    "healthy": dict(T=1, lr_cov=0.2, normalize_lr_cov=True),
+    "healthy": FAST,
     "stale": dict(),
+    "slow": dict(FAST, lr=3e-5),
     "diverging": dict(T=1, lr_cov=0.5),
 }
 runs = {name: fit(**options) for name, options in SETTINGS.items()}
-colors = {"healthy": "C0", "stale": "C7", "diverging": "C3"}
+colors = {"healthy": "C0", "stale": "C7", "slow": "C1", "diverging": "C3"}
 
 
 def draw(ax, runs, key, title):
@@ -101,84 +109,92 @@ def draw(ax, runs, key, title):
         values = losses if key == "loss" else [abs(s[key]) for s in stats]
         shown = [v if math.isfinite(v) else math.nan for v in values]
         ax.plot(shown, label=name, color=colors.get(name))
-    ax.set(xlabel="step", ylabel=key, yscale="log", title=title)
+    ax.set(ylabel=key, yscale="log", title=title)
 
 
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-draw(axes[0], runs, "loss", "The loss tells late")
-draw(axes[1], runs, "norm_m_K", "The momentum of K tells early")
-axes[0].set_ylim(1e-3, 1e2)
-axes[1].set_ylim(0.1, 1e3)
-_ = axes[0].legend()
+fig, ax = plt.subplots(figsize=(5.4, 3.2))
+draw(ax, runs, "loss", "Stale and slow look alike")
+ax.set(xlabel="step", ylim=(1e-3, 1e2))
+_ = ax.legend()
 
-# %%
-# The diverging run's loss stops when it is no number any more. Its
-# :math:`m_K` grew tenfold two steps before that. In the healthy run
-# :math:`m_K` rises for the first steps, while the factors are far from
-# fitting, and then shrinks. In the stale run it stays large: the factors are
-# needed elsewhere, but they hardly
-# move.
-
-bad = next(i for i, loss in enumerate(runs["diverging"][0]) if loss != loss)
-m_K = {name: [s["norm_m_K"] for s in run[1]] for name, run in runs.items()}
-first = m_K["diverging"][0]
-warned = next(i for i, m in enumerate(m_K["diverging"]) if m > 10 * first)
-print(f"m_K has grown tenfold at step {warned}, the loss is nan at {bad}")
-assert bad - warned == 2
-assert m_K["healthy"][-1] < 0.5 * m_K["healthy"][0]
-assert m_K["stale"][-1] > m_K["stale"][0]
+final = {name: run[0][-1] for name, run in runs.items()}
+assert min(final["stale"], final["slow"]) > 100 * final["healthy"]
 
 # %%
-# Two more signs
-# --------------
-#
-# ``trace_K`` is 1 at the start. ``cosine`` is the one between the gradient and
-# the natural gradient. If both stay at 1, the optimizer is SGD, whatever you
-# paid for it. ``update_ratio`` is the length of the step on the weights over
-# the length of the weights.
+# The stale and the slow run have hardly learnt anything, and the loss does not
+# say why. Three numbers do. ``trace_K`` is 1 at the start. ``cosine`` is the
+# one between the gradient and the natural gradient. If both stay at 1, the
+# optimizer is SGD, whatever you paid for it. ``update_ratio`` is the length of
+# the step on the weights over the length of the weights.
 
-fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
-some = {name: runs[name] for name in ("healthy", "stale")}
-draw(axes[0], some, "trace_K", "Scale of K")
-draw(axes[1], some, "cosine", "Turn of the gradient")
-draw(axes[2], some, "update_ratio", "Step over weights")
-axes[1].set_yscale("linear")
-axes[0].legend()
+fig, axes = plt.subplots(3, 1, figsize=(5.4, 6), sharex=True)
+some = {name: runs[name] for name in ("healthy", "stale", "slow")}
+draw(axes[0], some, "trace_K", "The scale of K: the stale one stays at 1")
+draw(axes[1], some, "cosine", "Turn of the gradient: none in the stale run")
+draw(axes[2], some, "update_ratio", "Step over weights: too small in both")
+axes[0].set(yscale="linear", ylim=(0, None))
+axes[1].set(yscale="linear", ylim=(0, 1.05))
+axes[0].legend(ncols=3, loc="center right")
+_ = axes[2].set_xlabel("step")
 
 last = {name: run[1][-1] for name, run in runs.items()}
 assert last["stale"]["trace_K"] < 1.2
 assert last["stale"]["cosine"] > 0.99
-assert last["healthy"]["trace_K"] > 3
-assert last["healthy"]["cosine"] < 0.8
-assert max(s["update_ratio"] for s in runs["healthy"][1]) < 0.3
+for name in ("healthy", "slow"):
+    assert last[name]["trace_K"] > 3
+    assert last[name]["cosine"] < 0.8
+ratio = {k: max(s["update_ratio"] for s in runs[k][1]) for k in some}
+print({name: f"{value:.1g}" for name, value in ratio.items()})
+assert max(ratio["slow"], ratio["stale"]) < ratio["healthy"] / 10 < 0.03
 
 # %%
-# The stale run has a trace and a cosine near 1 after 120 steps. In the healthy
-# run the scale of :math:`K` settles, and the gradient is turned. Its step on
-# the weights stays below a third of their length.
+# The slow run's factors have learnt: their scale is that of the healthy run,
+# and the gradient is turned. So it needs a larger ``lr``. The stale run's
+# factors stand still, and a larger ``lr`` would only tune SGD: it needs
+# ``T=1`` and a larger ``lr_cov``.
 #
-# The remedies
-# ------------
+# A run that explodes
+# -------------------
 #
-# Each of these, alone, cures the diverging run.
+# Now the first ten steps of the diverging run. What is drawn beside the loss
+# is :math:`\beta_1 \lVert m_K \rVert`.
 
+losses, stats = runs["diverging"]
+size = [0.5 * s["norm_m_K"] for s in stats]
+fig, axes = plt.subplots(2, 1, figsize=(5.4, 4.4), sharex=True)
+axes[0].plot(losses[:8], "o-", color="C3")
+axes[0].set(ylabel="loss", ylim=(0, 6), title="Both leave in the same step")
+axes[1].plot(size[:8], "o-", color="C3")
+axes[1].axhline(1, color="C7", linestyle=":")
+axes[1].set(ylabel="lr_cov x norm_m_K", yscale="log", xlabel="step")
+
+risen = next(i for i, loss in enumerate(losses) if loss > 2 * losses[0])
+jumped = next(i for i, m in enumerate(size) if m > 10 * size[0])
+bad = next(i for i, loss in enumerate(losses) if loss != loss)
+print(f"loss doubled: step {risen}, m_K tenfold: {jumped}, loss nan: {bad}")
+assert risen == jumped == bad - 2
+
+# %%
+# :math:`m_K` does not warn before the loss: both jump in the same step, and
+# two steps later the loss is no number any more. But it names the culprit. The
+# step on :math:`K` had a size above 50, so the remedy is on the factors' side,
+# not a smaller ``lr``. Each of these, alone, cures it:
+
+assert size[jumped] > 50
 REMEDIES = {
     "smaller lr_cov": dict(T=1, lr_cov=0.1),
     "normalize_lr_cov": dict(T=1, lr_cov=0.5, normalize_lr_cov=True),
     "larger damping": dict(T=1, lr_cov=0.5, damping=1e-2),
 }
 cured = {name: fit(**options) for name, options in REMEDIES.items()}
-fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+fig, ax = plt.subplots(figsize=(5.4, 3.2))
 draw(ax, {**cured, "diverging": runs["diverging"]}, "loss", "Three remedies")
-ax.set_ylim(1e-3, 1e2)
+ax.set(xlabel="step", ylim=(1e-3, 1e2))
 ax.legend()
 
 assert all(run[0][-1] < 0.5 for run in cured.values())
 
 # %%
-# The stale run needs the opposite: ``T=1`` and a larger ``lr_cov``, as in the
-# healthy run.
-#
 # When not to use it
 # ------------------
 #
@@ -187,11 +203,11 @@ assert all(run[0][-1] < 0.5 for run in cured.values())
 #
 # .. admonition:: Lessons learned
 #
-#    - :math:`m_K` says how far the factors are from fitting. It must shrink.
-#    - A growing :math:`m_K` warns some steps before the loss is ``nan``.
-#    - A trace and a cosine that stay at 1 mean that you are running SGD.
-#    - Diverging: lower ``lr_cov``, normalise it, or raise ``damping``.
-#      Stale: lower ``T``, raise ``lr_cov``.
+#    - A trace and a cosine that stay at 1 mean that you are running SGD: lower
+#      ``T``, raise ``lr_cov``.
+#    - Factors that have learnt, but a tiny ``update_ratio``: raise ``lr``.
+#    - A run that explodes, ``lr_cov`` times ``norm_m_K`` far above 1: lower
+#      ``lr_cov``, normalise it, or raise ``damping``.
 #
 # .. admonition:: Exercise
 #

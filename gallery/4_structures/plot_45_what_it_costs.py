@@ -73,9 +73,9 @@ def overhead(network, name):
 # The price of a step
 # -------------------
 #
-# Blue is SINGD at :math:`T=10`, orange dots are :math:`T=1`. Grey is all else,
-# every ten steps too where it has a period. Muon takes matrices only: of the
-# CNN it gets the last layer, AdamW the rest. The textbook's KFAC is our own.
+# Blue is SINGD at :math:`T=10`, a ring is :math:`T=1`. Grey is all else, every
+# ten steps too where it has a period. Muon takes matrices only: of the CNN it
+# gets the last layer, AdamW the rest. The textbook's KFAC is our own.
 
 others = (
     "AdamW",
@@ -84,29 +84,29 @@ others = (
     "Shampoo, T=10",
     "textbook KFAC, T=10",
 )
-fig, axes = plt.subplots(1, 3, figsize=(9.6, 4.2), sharey=True)
 names = [*(f"{s}, T=10" for s in SHOWN), *others]
+colors = ["C0"] * len(SHOWN) + ["C7"] * len(others)
+fig, axes = plt.subplots(3, 1, figsize=(5.2, 8.4), sharex=True)
 for ax, (network, title) in zip(axes, NETWORKS.items()):
-    values = [overhead(network, name) for name in names]
-    colors = ["C0"] * len(SHOWN) + ["C7"] * len(others)
-    ax.barh(names, [max(v, 0.3) for v in values], color=colors)
+    values = [max(overhead(network, name), 0.3) for name in names]
+    ax.hlines(names, 0.3, values, color=colors, lw=1)
+    ax.scatter(values, names, color=colors, zorder=3)
     often = [overhead(network, f"{s}, T=1") for s in SHOWN]
-    ax.plot(often, range(len(SHOWN)), "o", color="C1", ms=5)
-    ax.set(xscale="log", xlim=(0.3, None), title=title)
-    ax.set_xlabel("overhead, % of SGD")
-axes[0].invert_yaxis()
+    ax.scatter(often, names[: len(SHOWN)], edgecolor="C1", facecolor="white")
+    ax.set(xscale="log", xlim=(0.28, None), title=title)
+    ax.invert_yaxis()
+_ = axes[-1].set_xlabel("overhead, % of an iteration of SGD")
 
 for network in NETWORKS:
-    assert (
-        overhead(network, "dense, T=10") < overhead(network, "dense, T=1") / 2
-    )
-    cheap = overhead(network, "diagonal, T=10")
-    assert cheap < overhead(network, "dense, T=10")
+    dense, often = (overhead(network, f"dense, T={T}") for T in (10, 1))
+    assert dense < often / 2
+    assert overhead(network, "diagonal, T=10") < dense
 
 # %%
 # On each network dense factors at :math:`T=10` cost less than half of
-# :math:`T=1`, and diagonal ones less than dense ones.
-# These are cheaper than diagonal ones, if any:
+# :math:`T=1`, and diagonal ones less than dense ones. (What is at the left
+# edge cost less than can be measured.) These are cheaper than diagonal ones,
+# if any:
 
 for network in NETWORKS:
     limit = overhead(network, "diagonal, T=10")
@@ -116,34 +116,27 @@ for network in NETWORKS:
 # Next to the published package
 # -----------------------------
 #
-# Each bar is our overhead over that of ``singd`` 0.0.5, the black line the
-# mark that we set ourselves. The dots are the least work that we know a way
-# for, at the speed of one large matrix product.
+# Is it worth changing from ``singd`` 0.0.5? Each dot is our overhead over that
+# of the published package, for the same structure and the same :math:`T`.
 
-marks = [r for r in results["marks"] if "share" in r]
-fig, ax = plt.subplots(figsize=(7.4, 4.6))
-labels = [f"{r['workload']} {r['structure']}, T={r['T']}" for r in marks]
-ax.barh(labels, [r["share"] for r in marks], color="C0", label="ours")
-limits = [r["mark"] for r in marks]
-ax.scatter(limits, labels, marker="|", s=160, color="black", label="mark")
-floors = [r["floor_ms"] / r["published_ms"] for r in marks]
-ax.scatter(floors, labels, color="C1", s=20, label="floor", zorder=3)
-ax.set(xscale="log", xlabel="share of the published overhead")
-ax.invert_yaxis()
-ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+pairs = [r for r in results["marks"] if "share" in r]
+pairs.sort(key=lambda r: -r["share"])
+labels = [f"{r['workload']} {r['structure']}, T={r['T']}" for r in pairs]
+fig, ax = plt.subplots(figsize=(5.2, 4.4))
+ax.plot([r["share"] for r in pairs], labels, "o")
+ax.axvline(1, color="C7", ls=":")
+ax.set(xscale="log", xlim=(0.004, 2), xlabel="our overhead / published")
+ax.set_title("Most cost less than 60 % of it")
+ax.grid(axis="y", alpha=0.3)
 
-dense = [r for r in marks if r["structure"] == "dense"]
+dense = [r for r in pairs if r["structure"] == "dense"]
 assert all(r["share"] < 1 for r in dense)
-assert all(r["times_floor"] < 5 for r in dense)
-dearer = [t for t, r in zip(labels, marks) if r["share"] > 1]
-print("dearer than published:", *dearer or ["none"], sep="\n  ")
-missed = [t for t, r in zip(labels, marks) if r["share"] > r["mark"]]
-print("marks that are missed:", *missed or ["none"], sep="\n  ")
+half = sum(r["share"] < 0.6 for r in pairs)
+print(f"{half} of {len(pairs)} are below 60 %")
+assert half > len(pairs) / 2
+print("dearer:", *[t for t, r in zip(labels, pairs) if r["share"] > 1])
 
 # %%
-# Dense factors cost less than published ones, and less than five times their
-# floor. Others, as diagonals, move memory and make calls instead.
-#
 # Against the width
 # -----------------
 #
@@ -152,16 +145,16 @@ print("marks that are missed:", *missed or ["none"], sep="\n  ")
 # slope.
 
 widths, costs = results["widths"]["widths"], results["widths"]["structures"]
-fig, axes = plt.subplots(1, 2, figsize=(9.2, 4), sharey=True)
+fig, axes = plt.subplots(2, 1, figsize=(5.2, 6.4), sharex=True)
 parts = {"update": "update", "gradient": "$K K^\\top$ times 128 vectors"}
 for ax, (part, title) in zip(axes, parts.items()):
     for name in SHOWN:
         ax.plot(widths, costs[name][f"{part}_ms"], "o-", ms=4, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="width $d$", title=title)
-    ax.set_xticks(widths, widths, rotation=45)
+    ax.set(xscale="log", yscale="log", ylabel="CPU time, ms", title=title)
+    ax.set_xticks(widths, widths)
     ax.minorticks_off()
-axes[0].set_ylabel("CPU time, ms")
-axes[0].legend(fontsize=8)
+axes[1].set_xlabel("width $d$")
+axes[0].legend()
 
 for name in SHOWN:
     fits = [costs[name][f"{p}_exponent"] for p in parts]
@@ -192,20 +185,21 @@ for name in SHOWN[1:]:
 
 memory = results["memory"]
 kept = {r["name"]: r["bytes"] for r in memory["kept_on_vit"]}
-bars = [
+kinds = [
     "SGD",
     *others,
     *(f"{s}, T=10" for s in SHOWN),
     "dense without cache, T=10",
 ]
-fig, ax = plt.subplots(figsize=(7, 4.2))
-colors = ["C7"] * (1 + len(others)) + ["C0"] * (1 + len(SHOWN))
-ax.barh(bars, [kept[b] / kept["AdamW"] for b in bars], color=colors)
-ax.axvline(1, color="black", lw=1)
-ax.set(
-    xlabel="bytes kept, AdamW = 1", title="From half of AdamW's to many times"
-)
-ax.invert_yaxis()
+kinds.sort(key=lambda name: -kept[name])
+fig, ax = plt.subplots(figsize=(5.2, 4))
+for name in kinds:
+    share, ours = kept[name] / kept["AdamW"], name.startswith(SHOWN)
+    ax.plot(share, name, "o", color="C0" if ours else "C7")
+    ax.annotate(f"  {share:.2g}", (share, name), va="center")
+ax.axvline(1, color="C7", ls=":")
+ax.set(xscale="log", xlim=(0.4, 14), xlabel="bytes kept, AdamW = 1")
+ax.set_title("State kept on the ViT")
 
 layers = memory["layers_on_vit"]
 for name in ("diagonal", "triltoeplitz"):

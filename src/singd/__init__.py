@@ -2,7 +2,7 @@
 
 from singd import rules
 from singd.fisher import sample_labels
-from singd.groups import PUBLISHED
+from singd.groups import PUBLISHED, Growing
 from singd.layers import LayerKind, register_layer
 from singd.optimizer import SINGD, Factors
 from singd.rules import Rule, register_rule
@@ -14,6 +14,7 @@ __all__ = [
     "PUBLISHED",
     "SINGD",
     "Factors",
+    "Growing",
     "LayerKind",
     "Rule",
     "StructuredMatrix",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ class Block:
     group: dict[str, Any] = field(default_factory=dict)  # the param_group of the weight
     active: bool = False  # whether its weight was handed to the optimizer, to be preconditioned
     factors: FactorState = field(default_factory=FactorState)
+    _rule: Any = None  # what the group's rule was resolved to
 
     @property
     def name(self) -> str:
@@ -51,12 +52,21 @@ class Block:
 
     @property
     def rule(self) -> Rule:
-        return rule_of(self.group)
+        spec = self.group["rule"], self.group["kfac_like"]
+        if self._rule is None or self._rule[0] != spec:
+            self._rule = spec, rule_of(self.group)
+        return self._rule[1]
 
     @property
     def used(self) -> bool:
         """Whether it takes part in a step."""
         return self.active and any(p.grad is not None for p in self.params)
+
+    def rebind(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Take another parameter in the place of one."""
+        for name in ("weight", "bias", "own_bias"):
+            if getattr(self, name) is old:
+                setattr(self, name, new)
 
     def works_with(self, rule: Rule) -> bool:
         """Whether a rule can precondition it: without a layer that is called there are no rows."""
@@ -91,11 +101,17 @@ class Block:
 
     def blueprints(self) -> dict[str, StructuredMatrix]:
         """What the rule keeps, without numbers: shapes and dtypes on the meta device."""
-        key = (self.size, *(s.name for s in self.structures().values()), self.rule.name)
-        key = (*key, *(self.dtype(side) for side in (INPUT, OUTPUT)))
+        group, weight = self.group, self.weight
+        options = (
+            group["structures"],
+            self.rule,
+            group["preconditioner_dtype"],
+            bool(group["alpha1"]),
+        )
+        key = (*options, weight.dtype, self.bias is None)
         if self.factors.key != key:
             eye = {side: self.identity(side, device="meta") for side in (INPUT, OUTPUT)}
-            self.factors.shape_as(key, eye, self.rule.keeps)
+            self.factors.shape_as(key, eye, self.rule.kept(group))
         return self.factors.blueprints
 
 
@@ -109,6 +125,32 @@ class Slot:
 
     def current(self) -> nn.Parameter | None:
         return parameters_by_attribute(self.module).get(self.attribute)
+
+
+def replaced_parameters(
+    slots: Sequence[Slot], names: Mapping[nn.Parameter, str]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """The parameters that are not in the model any more, each with the one in its place; the slots follow.
+
+    Raises:
+        RuntimeError: If a parameter that was tied is in one of its places only.
+    """
+    replacements: dict[nn.Parameter, nn.Parameter] = {}
+    moved = []
+    for slot in slots:
+        old, new = slot.param, slot.current()
+        gathered = hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")
+        if new is None or new is old or gathered:
+            continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
+        if replacements.setdefault(old, new) is not new:
+            raise RuntimeError(
+                f"The weight {names[old]!r} was tied to another one when SINGD was built and is not any more; "
+                "tie them again after load_state_dict(assign=True)."
+            )
+        moved.append((slot, new))
+    for slot, new in moved:
+        slot.param = new
+    return replacements
 
 
 def gradient_of(p: nn.Parameter) -> Tensor:

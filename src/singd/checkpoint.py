@@ -51,7 +51,9 @@ def upgraded(
     """
     state = {index: dict(entry) for index, entry in state_dict["state"].items()}
     new = {**state_dict, "state": state}
-    if [len(g["params"]) for g in state_dict["param_groups"]] != [len(g["params"]) for g in param_groups]:
+    if [len(g["params"]) for g in state_dict["param_groups"]] != [
+        len(g["params"]) for g in param_groups
+    ]:
         return new  # which `check` refuses
     for p, entry, saved in pairs(param_groups, new):
         if saved.get("format", 1) > 1 or p not in blocks or "last_update" not in entry:
@@ -106,7 +108,9 @@ def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
     values = local_part(tensor)
     if not values.is_floating_point() or values.is_meta or not bool(values.isfinite().all()):
         why = "on the meta device" if values.is_meta else f"{values.dtype} or not finite"
-        raise ValueError(f"The checkpoint's {what} is {why}; it must hold finite floating-point numbers.")
+        raise ValueError(
+            f"The checkpoint's {what} is {why}; it must hold finite floating-point numbers."
+        )
 
 
 def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
@@ -119,7 +123,8 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
     rules = block.rule.name, groups.saved_rule(saved)
     if rules[0] != rules[1]:
         raise ValueError(
-            f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has {rules[0]!r}."
+            f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has "
+            f"{rules[0]!r}."
         )
     for name, blueprint in block.blueprints().items() if state else ():
         flat = state.get(name)
@@ -134,9 +139,9 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
 def complete(param_groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict for torch to load.
 
-    With the options that it does not hold: callables and structures with code of their own are this optimizer's, and
-    what an older version did not know has its published meaning. With copies of its tensors, because torch would go on
-    training in those of the caller.
+    With the options that it does not hold: callables and structures with code of their own are this
+    optimizer's, and what an older version did not know has its published meaning. With copies of its tensors,
+    because torch would go on training in those of the caller.
     """
     completed = []
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
@@ -157,7 +162,7 @@ def restore(
 ) -> None:
     """Give back the dtype to what has one of its own: torch casts all to the parameter's."""
     for p, saved, _ in pairs(param_groups, state_dict):
-        own = (*blocks[p].rule.keeps, *MOMENTS) if p in blocks else MOMENTS
+        own = (*blocks[p].blueprints(), *MOMENTS) if p in blocks else MOMENTS
         for name in own:
             if name in saved:
                 states[p][name] = saved[name].to(p.device, copy=True)

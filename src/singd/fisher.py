@@ -36,8 +36,8 @@ def sample_labels(
         generator: Where the random numbers come from; None: torch's own.
 
     Returns:
-        Classes ``[...]`` as integers, or targets of the outputs' shape. (``cross_entropy`` wants the
-        classes of images and sequences in dimension 1: move them to the end before, ``outputs.movedim(1, -1)``.)
+        Classes ``[...]`` as integers, or targets of the outputs' shape. (``cross_entropy`` wants the classes
+        of images and sequences in dimension 1: move them to the end before, ``outputs.movedim(1, -1)``.)
 
     Raises:
         ValueError: For another likelihood, logits without classes, or a variance that is none.

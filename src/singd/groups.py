@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,8 @@ ADAMW: Mapping[str, Any] = MappingProxyType(
     {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 )
 
+#: The fallback's options by default: AdamW's usual values at SINGD's learning rate.
+SAME: Mapping[str, Any] = MappingProxyType({})
 
 #: Keyword arguments with which SINGD is the published method, each in its published meaning.
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
@@ -52,11 +55,38 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-OPTIONS = (*(name for name in PUBLISHED if name != "fallback"), "lr", "kfac_like", "preconditioner_dtype")
+OPTIONS = (
+    *(name for name in PUBLISHED if name != "fallback"),
+    "lr",
+    "kfac_like",
+    "preconditioner_dtype",
+)
 """The names of the options of a group that SINGD preconditions."""
 
 #: What torch calls the options that no group of ours knows, but that schedulers add.
 _ADDED = ("params", "param_names", "initial_lr", "algorithm", "format", "betas", "eps")
+
+
+@dataclass(frozen=True)
+class Growing:
+    """A schedule for ``T``: the factors are updated in every step at first, then rarer and rarer.
+
+    At step t they are updated if ``t // patience`` steps have passed since the last time, at least one and at
+    most ``most``.
+
+    Attributes:
+        most: The longest interval.
+        patience: How many steps each interval lasts, about.
+    """
+
+    most: int = 10
+    patience: int = 20
+
+    def __call__(self, step: int) -> int:
+        return min(self.most, max(1, step // self.patience))
+
+
+GROWING = Growing()
 
 
 def _number(name: str, value: Any, *, below: float = math.inf) -> None:
@@ -177,7 +207,9 @@ def check_singd(group: Mapping[str, Any]) -> None:
 def _check_rule(group: Mapping[str, Any]) -> None:
     rule = find_rule(group["rule"])
     if group["kfac_like"] and rule.name not in ("singd", "ikfac"):
-        raise ValueError(f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them.")
+        raise ValueError(
+            f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
+        )
     for spec in resolve(group["structures"]):
         works_with = rule.refusal(spec(1, device="meta"))
         if works_with is not None:
@@ -217,7 +249,9 @@ def check_whole(given: Mapping[str, Any]) -> None:
     if given["average_gradients"] is not None:
         _boolean("average_gradients", given["average_gradients"])
     grad_scaler = given["grad_scaler"]
-    if grad_scaler is not None and not (hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")):
+    if grad_scaler is not None and not (
+        hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")
+    ):
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
 
 
@@ -248,7 +282,9 @@ def as_list(params: Any) -> list[Any]:
         TypeError: For a set, whose order differs from run to run.
     """
     if isinstance(params, (set, frozenset)):
-        raise TypeError("The parameters of a group must be in a fixed order, got a set; pass a list.")
+        raise TypeError(
+            "The parameters of a group must be in a fixed order, got a set; pass a list."
+        )
     return [params] if isinstance(params, Tensor) else list(params)
 
 
@@ -262,7 +298,9 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     found = params if params and isinstance(params[0], dict) else [{"params": params}]
     for group in found:
         if "params" not in group:
-            raise ValueError(f"A parameter group needs 'params', got only {', '.join(map(repr, group))}.")
+            raise ValueError(
+                f"A parameter group needs 'params', got only {', '.join(map(repr, group))}."
+            )
     return [{**g, "params": as_list(g["params"])} for g in found]
 
 

@@ -70,6 +70,12 @@ class Collector:
                     layer.register_forward_hook(Watch(self), with_kwargs=True, prepend=True)
                 )
 
+    def saw_forward(self) -> None:
+        """Note that a forward runs: what comes is another step than one that failed."""
+        if torch_private.backward_number() == -1:  # else activation checkpointing repeats one
+            self.ddp.saw_forward()
+            self._attempt = {}
+
     def due(self, layer: nn.Module) -> Block | None:
         """The layer's block if its factors are updated in the next step, and are here to gather with."""
         block = self.block_of.get(layer)
@@ -89,7 +95,7 @@ class Collector:
     @torch.no_grad()
     def gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add the statistics of one backward through one layer, with its input x and output gradient g."""
-        if not self.collecting or self.due(layer) is None:  # (a step came between forward and backward)
+        if not self.collecting or self.due(layer) is None:  # (perhaps since a step came in between)
             return
         group, kind = block.group, block.kind
         with without_autocast(g.device):
@@ -205,7 +211,10 @@ class Watch:
         self.collector = weakref.ref(collector)
 
     def __reduce__(self) -> Any:
-        return getattr, (nullcontext(), "__exit__")  # takes any arguments, returns None, needs no singd
+        return getattr, (
+            nullcontext(),
+            "__exit__",
+        )  # takes any arguments, returns None, needs no singd
 
     def __deepcopy__(self, memo: Any) -> Any:
         return nullcontext().__exit__
@@ -217,7 +226,7 @@ class Watch:
         collector = self.collector()
         if collector is None or not torch.is_grad_enabled():
             return
-        collector.ddp.saw_forward()
+        collector.saw_forward()
         block = collector.due(layer)
         weight = cast(Tensor, layer.weight)
         if (

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, fisher, groups, report, scaler, torch_private, weight_steps
-from singd.blocks import Block, find_blocks, find_slots, gradient_of, unwrapped
+from singd import checkpoint, fisher, groups, plan, report, scaler, torch_private, weight_steps
+from singd.advance import advance, directions
+from singd.blocks import Block, find_blocks, find_slots, gradient_of, replaced_parameters, unwrapped
 from singd.hooks import Collector
 from singd.precision import without_autocast
 from singd.processes import collectives, exchange
 from singd.processes.ownership import Ownership
-from singd.rules import INPUT, OUTPUT, Curvature
+from singd.rules import INPUT, OUTPUT
 
 
 @cache
@@ -61,8 +62,8 @@ class SINGD(torch.optim.Optimizer):
         damping: Damping :math:`\lambda`.
         alpha1: Riemannian momentum :math:`\alpha_1` on the factors.
         weight_decay: :math:`\gamma`, added to the natural gradient.
-        T: The factors are updated at steps 0, T, 2T, ...; or a callable of the step count that says how many steps lie
-            between two updates.
+        T: The factors are updated at steps 0, T, 2T, ...; or a callable of the step count that says how many
+            steps lie between two updates.
         loss_average: What the loss averages over: None, "batch" or "batch+sequence".
         lr_cov: Step size on the factors :math:`\beta_1`: a number, or a callable of the step count.
         structures: The structures of K and C: names, or what :func:`~singd.structure` takes.
@@ -74,13 +75,13 @@ class SINGD(torch.optim.Optimizer):
             "spectral": bound it, so that no factor can lose its inverse. Both average the momentum with
             :math:`1 - \alpha_1`.
         rule: What moves the factors: "singd", "ikfac", "kfac", "shampoo", or an object of a :class:`~singd.Rule`.
-        relative_damping: Whether ``damping`` is multiplied by the layer's average curvature tr(U) tr(G), so that the
-            loss times a constant gives the same preconditioner up to scale.
+        relative_damping: Whether ``damping`` is multiplied by the layer's average curvature tr(U) tr(G), so
+            that the loss times a constant gives the same preconditioner up to scale.
         scaled_start: Whether K and C start at the scale that the first curvature asks for, instead of at I.
         fast_start: Whether the t-th update has a step of at least 1 / (t + 1), at most 1/2, so that the first
             statistics count in full; ``lr_cov`` is the least step then.
-        momentum_on: What the momentum averages: "direction", the natural gradient, as published; or "gradient", before
-            the preconditioner.
+        momentum_on: What the momentum averages: "direction", the natural gradient, as published; or
+            "gradient", before the preconditioner.
         nesterov: Whether the momentum is Nesterov's.
         match_rms: Scale the direction of each parameter to this root mean square, so that learning rates of AdamW
             carry over; 0.2 is usual. None: as it is.
@@ -112,27 +113,27 @@ class SINGD(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
-        damping: float = 1e-3,
-        alpha1: float = 0.5,
+        damping: float = 0.03,
+        alpha1: float = 0.0,
         weight_decay: float = 0.0,
-        T: int | Callable[[int], int] = 10,
+        T: int | Callable[[int], int] = groups.GROWING,
         loss_average: str | None = "batch",
-        lr_cov: float | Callable[[int], float] = 1e-2,
-        structures: tuple[Any, Any] = ("dense", "dense"),
+        lr_cov: float | Callable[[int], float] = 0.1,
+        structures: tuple[Any, Any] = ("block64diagonal", "diagonal"),
         kfac_approx: str = "expand",
         warn_unsupported: bool = True,
         kfac_like: bool = False,
         preconditioner_dtype: Any = None,
-        normalize_lr_cov: bool | str = False,
+        normalize_lr_cov: bool | str = "spectral",
         *,
         rule: Any = "singd",
-        relative_damping: bool = False,
-        scaled_start: bool = False,
-        fast_start: bool = False,
-        momentum_on: str = "direction",
-        nesterov: bool = False,
-        match_rms: float | None = None,
-        fallback: Mapping[str, Any] | None = groups.ADAMW,
+        relative_damping: bool = True,
+        scaled_start: bool = True,
+        fast_start: bool = True,
+        momentum_on: str = "gradient",
+        nesterov: bool = True,
+        match_rms: float | None = 0.2,
+        fallback: Mapping[str, Any] | None = groups.SAME,
         grad_scaler: torch.amp.GradScaler | None = None,
         cache_products: bool = True,
         average_gradients: bool | None = None,
@@ -147,7 +148,9 @@ class SINGD(torch.optim.Optimizer):
         groups.check_whole(given)
         self._fallback = groups.fallback_options(fallback, lr)
         model, averaged = unwrapped(model)
-        self.average_gradients = False if averaged and average_gradients is None else average_gradients
+        self.average_gradients = (
+            False if averaged and average_gradients is None else average_gradients
+        )
         self.cache_products = cache_products
         self._ownership = Ownership(shard_factors)
         self._slots = find_slots(model)
@@ -155,33 +158,18 @@ class SINGD(torch.optim.Optimizer):
         self._names = {p: n for n, p in model.named_parameters()}
         self._sampled = fisher.drawn()
         if params is None:
-            new = [{"params": self._everything(model, rule, warn_unsupported)}]
+            both = self._fallback is not None
+            names, warn = self._names, warn_unsupported
+            new = [{"params": plan.trainable(model, self._blocks, defaults, names, both, warn)}]
         else:
             new = groups.as_groups(params)
         self._collector = Collector({}, grad_scaler)
-        self._announced = {p for g in new for p in map(groups.parameter, g["params"])}
+        ours = [g["params"] for g in new if g.get("algorithm", "singd") == "singd"]
+        self._announced = {groups.parameter(p) for params in ours for p in params}
         super().__init__(new, defaults)
         self._announced = set()
 
     # -- groups ----------------------------------------------------------------------------------
-
-    def _everything(
-        self, model: nn.Module, rule: Any, warn_unsupported: bool
-    ) -> list[nn.Parameter]:
-        """All trainable parameters (``add_param_group`` splits off the fallback's)."""
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if self._fallback is not None:
-            return trainable
-        rule = groups.rule_of({"rule": rule, "kfac_like": False})
-        blocks = [b for b in self._blocks if b.weight.requires_grad and b.works_with(rule)]
-        ours = {p for b in blocks for p in (b.weight, b.own_bias)}
-        left = [self._names[p] for p in trainable if p not in ours]
-        if left and warn_unsupported:
-            warnings.warn(
-                f"SINGD leaves out parameters that are in no supported layer: {', '.join(left)}.",
-                stacklevel=3,
-            )
-        return [p for p in trainable if p in ours]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; those that SINGD can't precondition go to a fallback group of their own.
@@ -195,55 +183,31 @@ class SINGD(torch.optim.Optimizer):
         """
         self._rebind_parameters()
         group = {**param_group, "params": groups.as_list(param_group["params"])}
+        options = {**self.defaults, **group}
         groups.check_names(group, self.defaults)
-        groups.check_singd({**self.defaults, **group})
-        ours, rest = self._split(group)
-        joined = [{**group, "params": ours}] if ours or not rest else []
-        if rest:
-            joined.append({**groups.fallback_group(group, self._fallback), "params": rest})
+        groups.check_algorithm(options["algorithm"])
+        groups.check_singd(options)
+        active = self._active
+
+        def joins(weight: nn.Parameter) -> bool:
+            return weight in active or weight in self._announced
+
+        new = plan.split(group, options, self._blocks, self._names, joins, self._fallback)
         before = len(self.param_groups)
         try:
-            for one in joined:
+            for one in new:
                 super().add_param_group(one)
         except BaseException:
             del self.param_groups[before:]
             raise
-        handed = set(map(groups.parameter, ours))
+        handed = {
+            p for g in self.param_groups[before:] if g["algorithm"] == "singd" for p in g["params"]
+        }
         for block in self._blocks:
             block.active |= block.weight in handed
             if block.own_bias in handed:
                 block.bias = block.own_bias
         self._index()
-
-    def _split(self, group: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        """A group's parameters that get a Kronecker-factored block, and all others."""
-        algorithm = group.get("algorithm", "singd")
-        groups.check_algorithm(algorithm)
-        params = set(map(groups.parameter, group["params"]))
-        for p in params:
-            if p not in self._names:
-                raise ValueError(
-                    f"A parameter of shape {tuple(getattr(p, 'shape', ()))} isn't one of the model's."
-                )
-        rule = groups.rule_of({**self.defaults, **group})
-        ours = set()
-        for block in self._blocks if algorithm == "singd" else ():
-            if block.weight in params and block.works_with(rule):
-                ours |= {block.weight, block.own_bias}
-            elif block.own_bias in params and (block.active or block.weight in self._announced):
-                if block.active and "step" in self.state.get(block.weight, {}):
-                    raise ValueError(
-                        f"The bias of layer {block.name!r} can't join its matrix after the first step; "
-                        "add it with algorithm='adamw', or build SINGD with it."
-                    )
-                ours.add(block.own_bias)
-        rest = [p for p in group["params"] if groups.parameter(p) not in ours]
-        if rest and self._fallback is None and algorithm != "adamw":
-            names = ", ".join(self._names[groups.parameter(p)] for p in rest)
-            raise ValueError(
-                f"SINGD can't precondition {names}, and fallback=None leaves them no other algorithm."
-            )
-        return [p for p in group["params"] if groups.parameter(p) in ours], rest
 
     def _index(self) -> None:
         """Look up once what hooks and steps need: each block's group, and each layer's block."""
@@ -265,30 +229,16 @@ class SINGD(torch.optim.Optimizer):
 
     def _rebind_parameters(self) -> None:
         """Take up parameters that were replaced in the model, e.g. by ``load_state_dict(assign=True)``."""
-        replacements: dict[nn.Parameter, nn.Parameter] = {}
-        for slot in self._slots:
-            old, new = slot.param, slot.current()
-            gathered = hasattr(old, "full_tensor") and not hasattr(new, "full_tensor")
-            if new is None or new is old or gathered:
-                continue  # (FSDP shows the gathered weight in a forward; the sharded one is the parameter)
-            if replacements.setdefault(old, new) is not new:
-                raise RuntimeError(
-                    f"The weight {self._names[replacements[old]]!r} was tied to another one when SINGD was built and "
-                    "is not any more; tie them again after load_state_dict(assign=True)."
-                )
-            slot.param = new
-            if old not in self._names:
-                continue  # a tied one, already replaced
+        found = replaced_parameters(self._slots, self._names)
+        for old, new in found.items():
             self._names[new] = self._names.pop(old)
             if old in self.state:
                 self.state[new] = self.state.pop(old)
             for group in self.param_groups:
                 group["params"] = [new if p is old else p for p in group["params"]]
             for block in self._blocks:
-                for name in ("weight", "bias", "own_bias"):
-                    if getattr(block, name) is old:
-                        setattr(block, name, new)
-        if replacements:
+                block.rebind(old, new)
+        if found:
             self._index()
 
     # -- statistics --------------------------------------------------------------------------------
@@ -303,8 +253,8 @@ class SINGD(torch.optim.Optimizer):
     def collecting(self, enabled: bool) -> Iterator[None]:
         """Whether backward passes inside give the factors their statistics; ``False`` for all but one's own.
 
-        For the Monte-Carlo Fisher matrix, after a backward on :func:`~singd.sample_labels` and ``zero_grad``, go with
-        the loss's own backward into ``with optimizer.collecting(False):``. What was collected stays.
+        For the Monte-Carlo Fisher matrix, after a backward on :func:`~singd.sample_labels` and ``zero_grad``,
+        go with the loss's own backward into ``with optimizer.collecting(False):``. What was collected stays.
 
         Args:
             enabled: Whether statistics are collected.
@@ -350,9 +300,12 @@ class SINGD(torch.optim.Optimizer):
         used = [b for b in self._blocks if b.used]
         with without_autocast(*(block.weight.device for block in used)):
             for block in used:
-                self._advance(block, lr_covs.get(block), statistics)
-            steps = self._directions(used, rehearsal)
-            weight_steps.sgd_steps(steps, self._group_of, self.state)
+                state, mine = self.state[block.weight], self._ownership.keeps(block)
+                advance(
+                    block, state, lr_covs.get(block), statistics.get(block), mine, self._collector
+                )
+            of = (used, self.state, self._group_of, self._ownership, self.cache_products, rehearsal)
+            weight_steps.sgd_steps(directions(*of), self._group_of, self.state)
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 params = [p for p in group["params"] if p.grad is not None]
@@ -369,8 +322,8 @@ class SINGD(torch.optim.Optimizer):
         sampled, self._sampled = self._sampled, fisher.drawn()
         if self._collector.lost(sampled != self._sampled):
             warnings.warn(
-                "The statistics of a backward pass on sampled labels were cleared, and those of another one are used; for "
-                "the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
+                "The statistics of a backward pass on sampled labels were cleared, and those of another one are "
+                "used; for the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
                 stacklevel=5,
             )
 
@@ -379,7 +332,11 @@ class SINGD(torch.optim.Optimizer):
         found = {}
         for block in self._blocks:
             state = self.state.get(block.weight, {})
-            if block.active and groups.is_due(block.group, state) and self._collector.ready(block, state):
+            if (
+                block.active
+                and groups.is_due(block.group, state)
+                and self._collector.ready(block, state)
+            ):
                 found[block] = groups.step_size(block.group["lr_cov"], state.get("step", 0))
         return found
 
@@ -387,7 +344,9 @@ class SINGD(torch.optim.Optimizer):
         """The same gradients on all processes, if nobody averages them; and the sums of their statistics."""
         to_average: list[nn.Parameter] = []
         if self.average_gradients is not False:  # (of sharded parameters, FSDP has)
-            params = [p for p in self._group_of if p.requires_grad and not hasattr(p, "full_tensor")]
+            params = [
+                p for p in self._group_of if p.requires_grad and not hasattr(p, "full_tensor")
+            ]
             always = self.average_gradients is True
             to_average = exchange.to_average(params, self._collector.ddp, always)
         if to_average:
@@ -399,83 +358,6 @@ class SINGD(torch.optim.Optimizer):
         sums = exchange.Reduction(blocks, self._collector.statistics, owners)
         exchange.average_gradients(to_average)  # while the sums are on their way
         return sums.finish()
-
-    def _advance(
-        self, block: Block, lr_cov: float | None, statistics: Mapping[Block, Any]
-    ) -> None:
-        """Count a step of the block, and update its factors if they are due and kept here; all of it or nothing."""
-        state, factors, rule = self.state[block.weight], block.factors, block.rule
-        block.blueprints()
-        if "step" not in state:
-            self._start(block, state)
-        step = state["step"]
-        if self._collector.advanced(block, step):
-            return
-        curvature: Curvature | None = None
-        some: Tensor | bool = True
-        if lr_cov is not None and not rule.needs_rows:
-            dW = block.gradient()
-            if self._ownership.keeps(block):
-                kept = factors.accumulated(state, block.weight.device)
-                curvature = rule.gradient_curvature(kept, dW)
-        elif lr_cov is not None and block in statistics:
-            averaged = block.group["loss_average"] is not None
-            curvature, some = statistics[block].normalised(averaged)
-        if curvature is None or some is False:
-            due_elsewhere = lr_cov is not None and not self._ownership.keeps(block)
-            if lr_cov is not None and self._ownership.keeps(block):
-                self._collector.miss(block)
-            factors.count(state, step, due_elsewhere)
-            return
-        kept = factors.accumulated(state, block.weight.device)
-        options = {**block.group, "lr_cov": lr_cov}
-        new = factors.finite(state, rule.update(kept, curvature, options, state["updates"]), some)
-        if new is None:
-            self._collector.warn_of_overflow(block)
-            factors.count(state, step, False)
-        else:
-            updates = state["updates"] + 1
-            factors.write(state, new, step=step + 1, last_update=step, updates=updates)
-
-    def _start(self, block: Block, state: dict[str, Any]) -> None:
-        new = {}
-        if self._ownership.keeps(block):
-            new = block.rule.start({side: block.identity(side) for side in (INPUT, OUTPUT)})
-        block.factors.write(state, new, step=0, last_update=-1, updates=0)
-
-    def _directions(
-        self, blocks: list[Block], rehearsal: bool
-    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The blocks' parameters that have a gradient, each with its direction."""
-        found = self._preconditioned(blocks, rehearsal)
-        for block, N in self._ownership.directions(found, rehearsal):
-            parts = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
-            for p, d in zip(block.params, parts, strict=False):
-                if d is not None and p.grad is not None:
-                    d = weight_steps.matched(d, block.group["match_rms"])
-                    yield p, collectives.placed_like(d.to(p.dtype), p)
-
-    def _preconditioned(
-        self, blocks: list[Block], rehearsal: bool
-    ) -> Iterator[tuple[Block, Tensor | None]]:
-        """The preconditioned gradient of each block, [d_o, d_i]; None of one that another rank owns."""
-
-        def vector(p: nn.Parameter) -> Tensor:
-            return weight_steps.averaged_gradient(
-                p, gradient_of(p), self._group_of[p], self.state[p]
-            )
-
-        for block, vectors in collectives.whole_vectors(blocks, vector):
-            dW = block.gradient(vectors)
-            if rehearsal:
-                yield block, dW  # it is zero
-            elif not self._ownership.keeps(block):
-                yield block, None
-            else:
-                keep = self.cache_products and block.group["T"] != 1
-                state, device = self.state[block.weight], block.weight.device
-                prepared = block.factors.prepared(block.rule, state, keep, device)
-                yield block, block.rule.direction(prepared, dW, overwrite=block.bias is not None)
 
     @property
     def grad_scaler(self) -> Any:
@@ -558,13 +440,15 @@ class SINGD(torch.optim.Optimizer):
             self._index()
 
     def detach(self) -> None:
-        """Take all hooks off the model, for good: it can be scripted, quantised or pickled as if SINGD had never been."""
+        """Take all hooks off the model, for good: it can be scripted and quantised as if SINGD had never been."""
         self._collector.detach()
 
     # -- looking inside --------------------------------------------------------------------------------
 
     def factors(self, layer: nn.Module | str) -> Any:
-        """What the rule keeps of a layer, as structured matrices by its names; copies, which training does not change.
+        """What the rule keeps of a layer, as structured matrices by its names.
+
+        They are copies, which training does not change.
 
         With ``shard_factors`` every rank must ask for it: its owner hands it out.
 
@@ -577,11 +461,12 @@ class SINGD(torch.optim.Optimizer):
         self._rebind_parameters()
         for block in self._blocks:
             if block.active and (layer in block.names or any(layer is m for m in block.modules)):
-                keeps = _named(tuple(block.rule.keeps))
+                blueprints = block.blueprints()
+                keeps = _named(tuple(blueprints))
                 if "step" not in self.state.get(block.weight, {}):
                     eye = {side: block.identity(side) for side in (INPUT, OUTPUT)}
-                    return keeps(**block.rule.start(eye))
-                blueprints = block.blueprints()
+                    start = block.rule.start(eye)
+                    return keeps(**{name: start[name] for name in blueprints})
                 (flat,) = self._ownership.gathered([block], self.state, "factors")
                 return keeps(**{n: blueprints[n].from_flat(v.clone()) for n, v in flat.items()})
         known = ", ".join(repr(n) for b in self._blocks if b.active for n in b.names)
@@ -592,7 +477,9 @@ class SINGD(torch.optim.Optimizer):
 
         With ``shard_factors``, and of a model under ``fully_shard``, every rank must ask for them.
         """
-        return report.stats(list(self._active.values()), self.state, self._group_of, self._ownership)
+        return report.stats(
+            list(self._active.values()), self.state, self._group_of, self._ownership
+        )
 
     def _rows(self) -> list[tuple[str, ...]]:
         blocks = list(self._active.values())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from singd import kernels
 from singd.kernels import wide
@@ -17,17 +19,14 @@ class Rows(ABC):
 
     A structure asks for as little as it needs: a diagonal one for `squares`, a dense one for
     `gram`, and only a structure that has no better idea for `matrix`.
+
+    Attributes:
+        count: The number of rows m.
+        width: The number of columns d.
     """
 
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """The number of rows m."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """The number of columns d."""
+    count: int
+    width: int
 
     @abstractmethod
     def matrix(self) -> Tensor:
@@ -89,15 +88,7 @@ class DenseRows(Rows):
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
-
-    @property
-    def count(self) -> int:
-        return self._rows.shape[:-1].numel()
-
-    @property
-    def width(self) -> int:
-        return self._rows.shape[-1]
+        self._rows, self.count, self.width = rows, rows.shape[:-1].numel(), rows.shape[-1]
 
     def matrix(self) -> Tensor:
         rows = self._rows
@@ -129,15 +120,7 @@ class WithOnes(Rows):
     """
 
     def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-
-    @property
-    def count(self) -> int:
-        return self._rows.count
-
-    @property
-    def width(self) -> int:
-        return self._rows.width + 1
+        self._rows, self.count, self.width = rows, rows.count, rows.width + 1
 
     def matrix(self) -> Tensor:
         # Part by part, so that A is not held beside [A | 1].
@@ -161,7 +144,7 @@ class WithOnes(Rows):
     def columns(self, start: int, stop: int) -> Tensor:
         last = self.width - 1
         columns = self._rows.columns(min(start, last), min(stop, last))
-        return columns if stop <= last or start > last else _beside_ones(self.count, [columns])
+        return columns if stop <= last or start > last else pad(columns, (0, 1), value=1)
 
     def split(self) -> Iterator[Rows]:
         return (WithOnes(part) for part in self._rows.split())
@@ -181,30 +164,32 @@ def _total(rows: Tensor) -> Tensor:
     return rows.sum(tuple(range(rows.ndim - 1)))
 
 
-def _beside_ones(count: int, parts: Iterator[Tensor] | list[Tensor]) -> Tensor:
+def _beside_ones(count: int, parts: Iterator[Tensor]) -> Tensor:
     """[A | 1] for A [count, d] in parts, in their layout: a transposed A stays cheap to turn."""
     out, done = torch.empty(0), 0
     for part in parts:
-        m, d = part.shape
+        across, shape = part.stride(-1) != 1, (count, part.shape[1] + 1)
+        if len(part) == count:
+            return pad(part.T, (0, 0, 0, 1), value=1).T if across else pad(part, (0, 1), value=1)
         if not done:
-            across = part.stride(-1) != 1
-            out = part.new_empty(d + 1, count).T if across else part.new_empty(count, d + 1)
-        out[done : done + m, :d] = part
-        done += m
-    out[:, -1] = 1
+            out = part.new_ones(shape[::-1]).T if across else part.new_ones(shape)
+        out[done : done + len(part), :-1] = part
+        done += len(part)
     return out
 
 
 def _append(v: Tensor, count: int) -> Tensor:
-    """[v, count]; as a product, so that a count beyond float16's range is inf, not an exception."""
-    return torch.cat([v, v.new_ones(1) * count])
+    """[v, count]."""
+    return pad(v, (0, 1), value=_fitting(count, v))
+
+
+def _fitting(count: int, like: Tensor) -> float:
+    """A count as a number of this dtype: beyond float16's range inf, not an exception."""
+    return count if count <= torch.finfo(like.dtype).max else math.inf
 
 
 def _border(G: Tensor, sums: Tensor, count: int) -> Tensor:
     """[[G, sums], [sums^T, count]], the Gram matrix of rows with ones appended."""
-    d = len(G)
-    out = G.new_empty(d + 1, d + 1)
-    out[:d, :d] = G
-    out[:d, d] = sums
-    out[d] = _append(sums, count)
+    out = pad(G, (0, 1, 0, 1), value=_fitting(count, G))
+    out[:-1, -1] = out[-1, :-1] = sums
     return out

@@ -1,8 +1,8 @@
 """The one home of a layer's factors: flat numbers in the optimizer's state, and what is formed from them.
 
-torch's state holds tensors, so that checkpoints and their hooks see all there is: ``state[weight]["K"]`` is a vector of the
-numbers that K stores. Here are the views on them as structured matrices, the products that are kept between updates,
-and with ``shard_factors`` what another process handed out.
+torch's state holds tensors, so that checkpoints and their hooks see all there is: ``state[weight]["K"]`` is a
+vector of the numbers that K stores. Here are the views on them as structured matrices, the products that are
+kept between updates, and with ``shard_factors`` what another process handed out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class FactorState:
 
     Attributes:
         key: What the blueprints were made for.
+        started: Whether there are numbers in the state.
         blueprints: What is kept, by name, without numbers.
         identity: Of each side, without numbers.
         handed: What another process keeps, for gathering statistics for the update that is due; empty where it is
@@ -35,6 +36,7 @@ class FactorState:
 
     def __init__(self) -> None:
         self.key: Any = None
+        self.started = False
         self.blueprints: dict[str, StructuredMatrix] = {}
         self.identity: dict[str, StructuredMatrix] = {}
         self.handed: dict[str, Tensor] | None = None
@@ -55,6 +57,7 @@ class FactorState:
             if name in state:
                 self.blueprints[name] = A.to(dtype=state[name].dtype)
         self._views, self._prepared = {}, (None, None)
+        self.started = "step" in state
 
     def read(
         self, state: dict[str, Any], names: Any, device: torch.device
@@ -72,9 +75,15 @@ class FactorState:
             found[name] = known
         return found
 
-    def accumulated(self, state: dict[str, Any], device: torch.device) -> dict[str, StructuredMatrix]:
+    def _here(self, state: Mapping[str, Any]) -> list[str]:
+        """The names that there are numbers for: a momentum that was switched on later is zero."""
+        return [name for name in self.blueprints if name in state]
+
+    def accumulated(
+        self, state: dict[str, Any], device: torch.device
+    ) -> dict[str, StructuredMatrix]:
         """All factors in a dtype for arithmetic on them."""
-        found = self.read(state, self.blueprints, device)
+        found = self.read(state, self._here(state), device)
         return {name: A.to(dtype=accumulation_dtype(A.dtype)) for name, A in found.items()}
 
     def finite(
@@ -90,11 +99,13 @@ class FactorState:
         Returns:
             None if the old ones stay; only a CPU says so, other devices need not be waited for.
         """
-        rounded = {name: A.to(dtype=state[name].dtype) for name, A in new.items()}
+        rounded = {name: A.to(dtype=self.blueprints[name].dtype) for name, A in new.items()}
         tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
         if not tensors:  # a rule that keeps nothing
             return rounded
-        sums = torch.stack([t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors])
+        sums = torch.stack(
+            [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+        )
         finite = sums.isfinite().all()
         if finite.device.type == "cpu":
             return rounded if finite and bool(some) else None
@@ -104,32 +115,30 @@ class FactorState:
             for name, A in rounded.items()
         }
 
-    def count(self, state: dict[str, Any], step: int, updated_elsewhere: bool) -> None:
-        """Count a step that does not move the factors."""
-        counters = {"last_update": step, "updates": state["updates"] + 1} if updated_elsewhere else {}
-        state.update(counters, step=step + 1)
-
     def write(
         self, state: dict[str, Any], new: Mapping[str, StructuredMatrix], **counters: int
     ) -> None:
         """Put factors and counters into the state, all at once, so that an exception finds all or nothing."""
         flat, views = {}, {}
         for name, matrix in new.items():
-            matrix = matrix.to(dtype=state[name].dtype if name in state else None)
+            matrix = matrix.to(dtype=self.blueprints[name].dtype)
             numbers = flat[name] = matrix.flat()
             same = numbers.data_ptr() == matrix.tensors()[0].data_ptr()
             views[name] = (numbers, matrix if same else matrix.from_flat(numbers))
         state.update(flat, **counters)
+        self.started = True
         self._views.update(views)
 
     def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
         """What the rule's direction needs; where it is kept, formed anew when the numbers have changed."""
-        factors = self.read(state, self.blueprints, device)
+        factors = self.read(state, self._here(state), device)
         if not keep:
             return rule.prepare(factors, keep=False)
-        of = [(flat, version(flat)) for flat in (state[name] for name in self.blueprints)]
+        of = [(flat, version(flat)) for flat in (state[name] for name in self._here(state))]
         known, value = self._prepared
-        if known is None or any(f is not g or v != w for (f, v), (g, w) in zip(known, of, strict=True)):
+        if known is None or any(
+            f is not g or v != w for (f, v), (g, w) in zip(known, of, strict=True)
+        ):
             value = rule.prepare(factors, keep=True)
             self._prepared = (of, value)
         return value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def backward_number() -> int:
-    """A number of the running backward pass, larger in later ones (also in one that runs inside another); else -1."""
+    """A number of the running backward pass, larger in later and in nested ones; -1 outside of any."""
     return torch._C._current_graph_task_id()
 
 

@@ -40,7 +40,9 @@ def averaged_gradient(
     else:
         buffer = state["momentum_buffer"] = _beside(buffer, p)
         buffer.lerp_(gradient.to(buffer.dtype), 1 - group["momentum"])
-    return gradient.lerp(buffer.to(gradient.dtype), group["momentum"]) if group["nesterov"] else buffer
+    return (
+        gradient.lerp(buffer.to(gradient.dtype), group["momentum"]) if group["nesterov"] else buffer
+    )
 
 
 def matched(direction: Tensor, rms: float | None) -> Tensor:

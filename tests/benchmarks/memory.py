@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from workloads import Workload
 
 
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all CPU storages that were made while the mode is on and still live.
 

@@ -35,6 +35,7 @@ def measured(options):
     from workloads import WORKLOADS
 
     from singd import SINGD
+
     FACTORS = ("K", "C", "m_K", "m_C")
 
     torch.manual_seed(0)

@@ -9,8 +9,8 @@ import torch
 from timing import median_seconds
 
 from singd.rows import DenseRows
-from singd.structures import StructureSpec, StructuredMatrix
 from singd.rules.singd import moved_factor, riemannian_momenta
+from singd.structures import StructuredMatrix, StructureSpec
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 ROWS = 128  # of the batch

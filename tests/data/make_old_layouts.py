@@ -10,9 +10,10 @@ import copy
 from pathlib import Path
 
 import torch
+from published import SINGD
 from torch import nn
 
-from singd import SINGD, registered_structures
+from singd import registered_structures
 from singd.groups import FORMAT
 
 STEPS, LATER = 3, 2

@@ -4,13 +4,14 @@ import torch
 import torch.distributed as dist
 from leaving import leave
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from traffic import Traffic
 
-from singd import SINGD, registered_structures, structure
+from singd import registered_structures, structure
 
 UPDATE, OFF = (0, 3), (1, 2)  # of steps 0..3 with T = 3
 

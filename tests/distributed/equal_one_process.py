@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from leaving import leave
 from models import MODELS, model_and_batches
+from published import SINGD
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import SINGD, registered_structures
+from singd import registered_structures
 from singd.processes import collectives, exchange
 
 LR = dict(lr=0.05, lr_cov=0.2, damping=0.1)

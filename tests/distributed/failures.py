@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from leaving import leave
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import SINGD
 from singd.processes import exchange
 
 

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from equal_one_process import alone_step
 from leaving import leave
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from singd import SINGD, registered_structures
+from singd import registered_structures
 from singd.processes import collectives
 
 OPTIONS = dict(lr=0.05, lr_cov=0.2, damping=0.1, T=2)
@@ -108,7 +109,9 @@ def buckets():
     size, gathered, calls = collectives.BUCKET, collectives.gathered, []
 
     def counted(vectors):
-        if any(hasattr(v, "full_tensor") for v in vectors.values()):  # (the twin's are whole already)
+        if any(
+            hasattr(v, "full_tensor") for v in vectors.values()
+        ):  # (the twin's are whole already)
             calls.append(vectors)
         return gathered(vectors)
 

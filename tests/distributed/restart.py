@@ -17,13 +17,12 @@ import torch.distributed.checkpoint as dcp
 from launch import MARK, others_can_connect, processes_of
 from leaving import leave
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-
-from singd import SINGD
 
 STEPS, SAVE_EVERY, DIES_AT = (
     11,

@@ -15,10 +15,11 @@ from equal_one_process import LR, a_layer_that_one_rank_does_not_use, run
 from fully_sharded import run as run_fully_sharded
 from leaving import leave
 from models import MODELS, model_and_batches
+from published import SINGD
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from singd import SINGD, registered_structures
+from singd import registered_structures
 from singd.processes import ownership
 
 SHARES = [2, 6, 3, 5]  # unequal batches

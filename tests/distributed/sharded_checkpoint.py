@@ -12,12 +12,11 @@ import torch.distributed.checkpoint as dcp
 from equal_one_process import alone_step
 from leaving import leave
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from singd import SINGD
 
 OPTIONS = dict(lr=0.05, lr_cov=0.2, damping=0.1, T=2, weight_decay=0.1)
 SAVED_AT = 3  # an odd step: factors are not due in the next one

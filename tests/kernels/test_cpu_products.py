@@ -72,6 +72,7 @@ def test_dense_routes(small_blocks, n, m):
 @pytest.mark.parametrize("sizes", [(16, 5, 17), (9, 4, 9), (1, 3, 40), (16, 16, 16), (20, 0, 11)])
 def test_aligned_products(monkeypatch, sizes, dtype):
     monkeypatch.setattr(cpu_products, "ALIGNED", 2)  # small matrices count as large
+    monkeypatch.setattr(cpu_products, "NARROW", 0)
     n, k, m = sizes
     A, B = torch.randn(n, k).to(dtype), torch.randn(k, m).to(dtype)
     for left in (A, A.T.contiguous().T):
@@ -79,6 +80,15 @@ def test_aligned_products(monkeypatch, sizes, dtype):
         torch.testing.assert_close(product, left @ B)
         odd = m % 2 == 1 and n >= 16 and dtype != torch.bfloat16
         assert product.stride(0) == (m + 1 if odd and m >= 16 else m)
+
+
+@pytest.mark.parametrize("m", [0, 1, 5, 16])
+def test_narrow_products_are_stored_as_rows(m):
+    A, B = torch.randn(16, 7, dtype=F64), torch.randn(7, m, dtype=F64)
+    for left in (A, A.T.contiguous().T):
+        product = cpu_products.matmul(left, B)
+        torch.testing.assert_close(product, left @ B)
+        assert m in (0, 16) or product.stride(0) == 1
 
 
 @pytest.mark.parametrize("d", [1, 29, 30, 31, 32, 33, 60, 61, 62, 75, 95])

@@ -1,9 +1,8 @@
 """What the checkpoint tests train: every kind of state, in a few kB."""
 
 import torch
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 OPTIONS = dict(
     lr=0.05,

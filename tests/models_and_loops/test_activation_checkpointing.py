@@ -7,10 +7,9 @@ import weakref
 import pytest
 import torch
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
-
-from singd import SINGD
 
 FAST = dict(lr=0.1, T=2, lr_cov=0.1, damping=0.1)
 

@@ -6,9 +6,8 @@ import pickle
 import pytest
 import torch
 from models import assert_same, model_and_batches
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 FAST = dict(lr=0.1, T=1, lr_cov=0.1, damping=0.1)
 
@@ -225,7 +224,10 @@ def test_float16_gradients_too_small_for_float16_still_count():
     with torch.autocast("cpu", torch.float16):
         scaler.scale(loss_of(model, (x, y)) * 1e-5).backward()
     (loss_of(twin, (x, y)) * 1e-5).backward()
-    mine, theirs = (o._collector.statistics[o._blocks[0]].normalised()[0].H_C.dense() for o in (optimizer, other))
+    mine, theirs = (
+        o._collector.statistics[o._blocks[0]].normalised()[0].H_C.dense()
+        for o in (optimizer, other)
+    )
     assert 0 < theirs.max() < torch.finfo(torch.float16).smallest_normal ** 2
     assert (mine - theirs).norm() < 4 * torch.finfo(torch.float16).eps * theirs.norm()
 

@@ -8,9 +8,8 @@ import weakref
 import pytest
 import torch
 from models import assert_same, model_and_batches, train
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 FAST = dict(lr=0.1, T=1, lr_cov=0.1, damping=0.1)
 

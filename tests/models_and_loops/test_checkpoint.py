@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import SINGD
 from small import OPTIONS, Small, batch, build, train
 from torch import nn
 
-from singd import SINGD, structure
+from singd import structure
 
 STORED = Path(__file__).parent.parent / "data" / "checkpoint_format_1.pt"
 

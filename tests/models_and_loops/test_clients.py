@@ -13,10 +13,10 @@ import lightning
 import torch
 import transformers
 from accelerate import Accelerator
+from published import SINGD
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from singd import SINGD
 from singd.layers import KINDS, LinearKind, register_layer
 
 pytestmark = [

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch._dynamo
 from models import model_and_batches, train
+from published import SINGD
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-
-from singd import SINGD
 
 FAST = dict(lr=0.1, T=3, lr_cov=0.1, damping=0.1)
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from published import SINGD
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD, registered_structures
+from singd import registered_structures
 
 STEPS, BATCH = 500, 32
 

@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from published import SINGD
 from torch import nn
 
-from singd import SINGD
 from singd.layers import KINDS, LinearKind, register_layer
 
 

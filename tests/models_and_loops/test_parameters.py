@@ -6,9 +6,8 @@ import warnings
 import pytest
 import torch
 from models import mlp, model_and_batches, train
+from published import SINGD
 from torch import nn
-
-from singd import SINGD
 
 FAST = dict(lr=0.1, T=1, lr_cov=0.1, damping=0.1)
 

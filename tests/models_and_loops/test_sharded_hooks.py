@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import model_and_batches
+from published import SINGD
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from singd import SINGD
 
 
 @pytest.fixture
@@ -33,6 +32,9 @@ def test_statistics_are_those_of_the_plain_model(mesh, reshard):
         torch.autograd.grad(m(inputs).sum(), inputs)  # adds nothing to gradients or statistics
         nn.functional.cross_entropy(m(x), y).backward()
     for mine, theirs in zip(optimizer._blocks, other._blocks, strict=True):
-        a, b = optimizer._collector.statistics[mine].normalised(), other._collector.statistics[theirs].normalised()
+        a, b = (
+            optimizer._collector.statistics[mine].normalised(),
+            other._collector.statistics[theirs].normalised(),
+        )
         for name in ("H_K", "H_C"):
             torch.testing.assert_close(getattr(a[0], name).dense(), getattr(b[0], name).dense())

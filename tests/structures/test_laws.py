@@ -188,3 +188,51 @@ def test_what_it_shows(name, n):
 def test_the_interface_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         StructuredMatrix()
+
+
+@every_dtype
+@every_member
+def test_the_spectral_norm_is_found_from_below(name, n, dtype):
+    A = member(name, n, dtype)
+    exact = torch.linalg.matrix_norm(A.to(dtype=F64).dense(), 2).item()
+    wide = torch.promote_types(dtype, torch.float32)
+    for products, share in ((8, 0.85), (16, 0.95), (100, 0.99)):
+        found = A.spectral_norm(products)
+        assert found.dtype == wide and found.shape == ()
+        assert share * exact <= found.item() <= exact * (1 + 1e-5)
+    tiny = A.to(dtype=wide) * 1e-30
+    assert tiny.spectral_norm().item() == pytest.approx(1e-30 * A.spectral_norm().item(), rel=1e-4)
+    assert (A * 0.0).spectral_norm().item() == 0.0
+    assert A.to(device="meta").spectral_norm().device.type == "meta"
+
+
+@every_member
+def test_vectors_signs_and_quotients(name, n):
+    A, v = member(name, n), torch.randn(n, dtype=F64)
+    assert (A @ v).shape == (A.T @ v).shape == (n,)
+    close(A @ v, A.dense() @ v)
+    close(A.T @ v, A.dense().T @ v)
+    close((-A).dense(), -A.dense())
+    close((A / 2).dense(), A.dense() / 2)
+    close((A / torch.tensor(4.0)).dense(), A.dense() / 4)
+
+
+def test_other_structures_and_sizes_are_refused_in_one_sentence():
+    for combine in (
+        lambda A, B: A @ B,
+        lambda A, B: A + B,
+        lambda A, B: A - B,
+    ):
+        for one in STRUCTURES:
+            for other in STRUCTURES:
+                A, B = member(one, 40), member(other, 40)
+                if one == other:
+                    assert combine(A, B).n == 40
+                    continue
+                with pytest.raises(TypeError, match="not of one structure and size; combine") as e:
+                    combine(A, B)
+                assert "\n" not in str(e.value)
+            with pytest.raises(TypeError, match="not of one structure and size"):
+                combine(member(one, 7), member(one, 40))
+            with pytest.raises(TypeError, match="cannot be combined with list"):
+                combine(member(one, 7), [1.0])

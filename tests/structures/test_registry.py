@@ -1,11 +1,14 @@
 """Names, sizes in names, users' structures, and what is said of a wrong one."""
 
+import functools
+from dataclasses import dataclass
+
 import pytest
 import torch
 from circulant import Circulant
 
 from singd import register_structure, registered_structures, structure
-from singd.structures import BlockDiagonal, Dense
+from singd.structures import BlockDiagonal, Dense, StructuredMatrix, registry, static
 
 
 @pytest.mark.parametrize(
@@ -29,7 +32,10 @@ def test_sizes_in_names_are_bound():
     A = structure("hierarchical4_8")(30)
     assert (A.first, A.last) == (4, 8)
     small = structure("hierarchical4_8")(6)
-    assert (small.first, small.last) == (4, 2)  # the first rows, then the last ones, then the middle
+    assert (small.first, small.last) == (
+        4,
+        2,
+    )  # the first rows, then the last ones, then the middle
 
 
 @pytest.mark.parametrize(
@@ -83,3 +89,71 @@ def test_unknown_kinds():
         TypeError, match="A structure must be a name, a class or a function of n, got 30."
     ):
         structure(30)
+
+
+def test_functions_have_a_name_that_lasts_or_are_refused():
+    wide = functools.partial(BlockDiagonal.eye, k=100)
+    assert structure(wide).name == "BlockDiagonal.eye(k=100)"
+    assert structure(functools.partial(wide, k=50)).name == "BlockDiagonal.eye(k=50)"
+    assert structure(wide)(250).blocks.shape == (2, 100, 100)
+    assert structure(BlockDiagonal.eye).name == "BlockDiagonal.eye"
+
+    class Maker:
+        def __call__(self, n, **kw):
+            return Dense.eye(n, **kw)
+
+    for nameless in (
+        lambda n, **kw: Dense.eye(n, **kw),
+        Maker(),
+        functools.partial(lambda k, n, **kw: BlockDiagonal.eye(n, k=k, **kw), 3),
+        functools.partial(BlockDiagonal.eye, k=torch.tensor(3)),
+    ):
+        with pytest.raises(
+            ValueError, match="no name that a checkpoint could keep; make it by"
+        ) as e:
+            structure(nameless)
+        assert "\n" not in str(e.value)
+    named = register_structure("named", nameless)
+    try:
+        assert structure(nameless) is structure("named") is named
+    finally:
+        registry._REGISTRY.pop("named")
+
+
+def test_a_user_declares_what_is_no_tensor():
+    @dataclass(eq=False, repr=False)
+    class ScaledIdentity(StructuredMatrix):
+        s: torch.Tensor
+        size: int = static()
+        words: str = static(default="s I")
+
+        @classmethod
+        def eye(cls, n, **kw):
+            return cls(torch.ones(1, **kw), n)
+
+        @property
+        def n(self):
+            return self.size
+
+        def mm(self, X):
+            return self.s * X
+
+        tmm = mm
+
+        def compose(self, other):
+            return type(self)(self.s * other.s, self.size)
+
+        def project(self, Y):
+            return type(self)(Y.square().sum().view(1) / self.n, self.size)
+
+        def trace(self):
+            return self.n * self.s[0].float()
+
+    A = structure(ScaledIdentity)(5, dtype=torch.float64)
+    assert A.numel == 1 and len(A.tensors()) == 1
+    B = (A * 3.0 + A).to(dtype=torch.float32)
+    assert B.size == 5 and B.words == "s I" and B.dtype == torch.float32
+    assert torch.equal(B.dense(), 4 * torch.eye(5))
+    assert A.from_flat(torch.ones(1)).n == 5
+    with pytest.raises(TypeError, match="not of one structure and size"):
+        A @ ScaledIdentity.eye(6)

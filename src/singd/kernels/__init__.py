@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from singd.kernels.patches import Patches, Window
 from singd.kernels.registry import KERNELS, Kernel, kernel, register_kernel, use
@@ -29,6 +30,7 @@ __all__ = [
     "patch_sums",
     "patch_tmm",
     "register_kernel",
+    "toeplitz",
     "toeplitz_mm",
     "use",
     "wide",
@@ -66,34 +68,26 @@ def few_columns_pay(like: Tensor) -> bool:
     return False
 
 
+def toeplitz(t: Tensor, upper: bool) -> Tensor:
+    """The triangular Toeplitz matrix, [n, n], of a vector t, [n]: its first row if ``upper``, else its column."""
+    T = pad(t, (len(t) - 1, 0)).unfold(0, len(t), 1).flip(0)
+    return T if upper else T.T
+
+
 @kernel
 def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
-    """Triangular Toeplitz matrices times X, [n, m], one after the other.
-
-    Each is a vector t, [n], and whether it is the first row of an upper triangular one or else the first column
-    of a lower one. By FFT: products with a lower one are convolutions with t, with an upper one correlations.
-    """
-    n, length = len(X), _power_of_two(2 * len(X))
-    for t, upper in factors if X.numel() else ():  # (some libraries refuse to transform nothing)
-        spectrum = torch.fft.rfft(t.to(wide(t)), length)[:, None]
-        product = torch.fft.rfft(X.to(wide(X)), length, dim=0)
-        product = product * (spectrum.conj() if upper else spectrum)
-        X = torch.fft.irfft(product, length, dim=0)[:n].to(torch.promote_types(t.dtype, X.dtype))
+    """Triangular Toeplitz matrices times X, [n, m], one after the other; each as the arguments of `toeplitz`."""
+    for t, upper in factors:
+        X = toeplitz(t, upper) @ X
     return X
 
 
 @kernel
 def diagonal_sums(Y: Tensor) -> Tensor:
     """The sums along the diagonal of Y Y^T and along those above it, [n], for Y, [n, m]."""
-    if not Y.numel():
-        return Y.new_zeros(len(Y))
-    length = _power_of_two(2 * len(Y))
-    power = torch.fft.rfft(Y, length, dim=0).abs().square().sum(1)
-    return torch.fft.irfft(power, length)[: len(Y)]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    n = len(Y)
+    shifted = pad(Y @ Y.T, (0, n)).as_strided((n, n), (2 * n + 1, 1))
+    return shifted.sum(0)  # whose row i begins at its diagonal, and ends in zeros
 
 
 @kernel
@@ -123,4 +117,4 @@ def patch_tmm(p: Patches, Y: Tensor) -> Tensor:
 
 
 # The faster forms register themselves for the kernels above.
-from singd.kernels import cpu_products, cpu_toeplitz, fast_patches  # noqa: E402, F401
+from singd.kernels import cpu_products, fast_patches, fast_toeplitz  # noqa: E402, F401

@@ -20,6 +20,9 @@ LEAST = 2**16
 ALIGNED = 16
 """Products whose rows begin at multiples of so many numbers take less time."""
 
+NARROW = 64
+"""A product with fewer columns is formed as rows, as those of bordered factors with rows are."""
+
 
 def empty_padded(like: Tensor, n: int, m: int) -> Tensor:
     """An uninitialised [n, m] with aligned rows."""
@@ -32,8 +35,10 @@ def _differentiated(*matrices: Tensor) -> bool:
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
-    """A B, perhaps with room behind each row."""
-    n, m = len(A), B.shape[1]
+    """A B, perhaps with room behind each row, or as the transpose of rows."""
+    n, m = A.shape[0], B.shape[1]
+    if m < min(n, NARROW):
+        return (B.T @ A.T).T
     # Layers with a bias have factors of odd sizes like 769, of which torch would store the rows one by one.
     known = A.dtype == B.dtype and A.dtype in (torch.float32, torch.float64)
     if not known or m % ALIGNED == 0 or min(n, m) < 8 * ALIGNED or _differentiated(A, B):

@@ -26,16 +26,8 @@ class PatchRows(Rows):
     """
 
     def __init__(self, patches: Patches) -> None:
-        self.patches = patches
-        self.shared = patches.places.numel()
-
-    @property
-    def count(self) -> int:
-        return len(self.patches.x) * self.shared
-
-    @property
-    def width(self) -> int:
-        return self.patches.width
+        self.patches, self.shared = patches, patches.places.numel()
+        self.count, self.width = len(patches.x) * self.shared, patches.width
 
     def matrix(self) -> Tensor:
         # A transposed [d, m] is written strip by strip, an [m, d] number by number.

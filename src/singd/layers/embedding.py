@@ -13,7 +13,7 @@ from singd.rows import DenseRows, Rows
 class OneHotRows(Rows):
     """One row per token: the unit vector of its index, or zero for `skip`.
 
-    A^T A is the diagonal matrix of token counts: only `matrix` needs the m x V numbers.
+    A^T A is the diagonal matrix of token counts, for which no m x V numbers are needed.
 
     Args:
         tokens: Integers [m] in [0, vocabulary).
@@ -25,50 +25,22 @@ class OneHotRows(Rows):
     def __init__(
         self, tokens: Tensor, vocabulary: int, dtype: torch.dtype, skip: int | None = None
     ) -> None:
-        self._tokens, self._vocabulary, self._dtype, self._skip = tokens, vocabulary, dtype, skip
-
-    @property
-    def count(self) -> int:
-        return len(self._tokens)
-
-    @property
-    def width(self) -> int:
-        return self._vocabulary
+        self._tokens, self._dtype, self._skip = tokens, dtype, skip
+        self.count, self.width = len(tokens), vocabulary
 
     def squares(self) -> Tensor:
         # Not bincount, which is not deterministic on every device; counted in float32 at least,
         # because adding ones stops at 256 in bfloat16.
         wide = torch.promote_types(self._dtype, torch.float32)
-        counts = torch.zeros(self._vocabulary, dtype=wide, device=self._tokens.device)
+        counts = torch.zeros(self.width, dtype=wide, device=self._tokens.device)
         counts.index_add_(0, self._tokens, torch.ones_like(self._tokens, dtype=wide))
         return self._without_skip(counts).to(self._dtype)
 
     def sums(self) -> Tensor:
         return self.squares()
 
-    def gram(self) -> Tensor:
-        return self.squares().diag()
-
     def matrix(self) -> Tensor:
-        return self._without_skip(F.one_hot(self._tokens, self._vocabulary).to(self._dtype))
-
-    def tmm(self, Y: Tensor) -> Tensor:
-        out = Y.new_zeros(self._vocabulary, Y.shape[1]).index_add_(0, self._tokens, Y)
-        return self._without_skip(out.T).T
-
-    def columns(self, start: int, stop: int) -> Tensor:
-        wanted = torch.arange(start, stop, device=self._tokens.device)
-        hit = self._tokens[:, None] == wanted
-        if self._skip is not None:
-            hit &= wanted != self._skip
-        return hit.to(self._dtype)
-
-    def block_gram(self, k: int) -> tuple[Tensor, Tensor]:
-        squares = self.squares()
-        whole = self.width - self.width % k
-        return torch.diag_embed(squares[:whole].unflatten(0, (whole // k, k))), squares[
-            whole:
-        ].diag()
+        return self._without_skip(F.one_hot(self._tokens, self.width).to(self._dtype))
 
     def _without_skip(self, t: Tensor) -> Tensor:
         """Zero the skipped column of t [..., V], in place."""

@@ -97,7 +97,9 @@ def all_gather_flat(pieces: Sequence[Piece], where: str = "step") -> list[Tensor
             if layout.shard_numel is None:
                 dist.all_reduce(buffer)
             else:
-                all_gather(buffer, buffer[here * layout.shard_numel :][: layout.shard_numel].clone())
+                all_gather(
+                    buffer, buffer[here * layout.shard_numel :][: layout.shard_numel].clone()
+                )
     return whole
 
 

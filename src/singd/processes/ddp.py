@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from singd.torch_private import backward_number, running_ddp
+from singd.torch_private import running_ddp
 
 
 class DDPDetector:
@@ -35,8 +35,6 @@ class DDPDetector:
 
     def saw_forward(self) -> None:
         """Note what runs this forward of one of the optimizer's layers."""
-        if backward_number() != -1:  # in a backward: activation checkpointing repeats it
-            return
         ddp = running_ddp()
         if ddp is None or not self._averages_all(ddp):
             self.outside = True

@@ -28,7 +28,8 @@ COUNTS = ("u", "g", "rows", "terms")
 def to_average(
     params: Sequence[nn.Parameter], ddp: DDPDetector, always: bool
 ) -> list[nn.Parameter]:
-    """The parameters whose gradients are to be averaged: those that any rank has used, unless a wrapper has done it.
+    """The parameters whose gradients are to be averaged: those that any rank has used, unless a wrapper has
+    done it.
 
     All ranks say in one short message what they have used and seen. What one rank has used gets a gradient on all.
 

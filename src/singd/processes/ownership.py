@@ -120,7 +120,7 @@ class Ownership:
         Returns:
             For each block the flat numbers of each name.
         """
-        names = [b.rule.gathers_with if gathers_with else tuple(b.rule.keeps) for b in blocks]
+        names = [b.rule.gathers_with if gathers_with else tuple(b.blueprints()) for b in blocks]
         if not self.divided:
             pairs = zip(blocks, names, strict=True)
             return [{name: states[b.weight][name] for name in some} for b, some in pairs]
@@ -197,7 +197,7 @@ class Ownership:
             state = states.get(block.weight, {})
             if not block.active or not self.divided or "step" not in state:
                 continue
-            names = () if self.keeps(block) else tuple(block.rule.keeps)
+            names = () if self.keeps(block) else tuple(block.blueprints())
             others = {name: state.pop(name) for name in names}
             if is_due(block.group, state):
                 with_ = block.rule.gathers_with

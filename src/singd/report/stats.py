@@ -53,9 +53,7 @@ def stats(
         line["age"] = (
             state["step"] - 1 - state["last_update"] if state["last_update"] >= 0 else math.inf
         )
-        line["state_bytes"] = sum(
-            state_bytes(states[p]) for p in block.params if p in states
-        )
+        line["state_bytes"] = sum(state_bytes(states[p]) for p in block.params if p in states)
         result[block.name] = line
     return result
 

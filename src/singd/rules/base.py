@@ -1,7 +1,7 @@
 """The seam: what a rule is. Layers give rows, structures hold factors, a rule moves them.
 
-A rule is pure mathematics: structured matrices and options in, structured matrices out. Where its factors are stored,
-how they come into checkpoints, and what processes exchange follows from what it says that it keeps.
+A rule is pure mathematics: structured matrices and options in, structured matrices out. Where its factors are
+stored, how they come into checkpoints, and what processes exchange follows from what it says that it keeps.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class Rule(ABC):
 
     needs_rows: ClassVar[bool] = True
     """Whether it looks at inputs and output gradients; else at the gradient alone, and no layer is hooked."""
+
+    def kept(self, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """What of ``keeps`` these options need; what is not kept, ``update`` finds as zero."""
+        return self.keeps
 
     def refusal(self, structure: StructuredMatrix) -> str | None:
         """None if the rule works with factors of this structure, else what it works with, in a few words."""

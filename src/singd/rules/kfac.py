@@ -29,8 +29,8 @@ class Kfac(Rule):
     :math:`\lambda` by the average traces of both.
 
     Args:
-        pi: Whether :math:`\pi = \sqrt{\operatorname{tr} U / \operatorname{tr} G}` (average traces), which makes
-            the step invariant to U -> c U, G -> G / c; else :math:`\pi = 1`.
+        pi: Whether :math:`\pi = \sqrt{\operatorname{tr} U / \operatorname{tr} G}` (average traces), which
+            makes the step invariant to U -> c U, G -> G / c; else :math:`\pi = 1`.
         inverse_dtype: Where the damped factors are inverted, by Cholesky: float32 whatever the factors' dtype is.
             A half precision is for teaching: the damped factor is rounded to it first, and has negative
             eigenvalues where the damping is below the rounding; an LU factorisation inverts it all the same.

@@ -1,8 +1,8 @@
 r"""SINGD's step with the curvature of the gradient itself: inverse- and root-free Shampoo.
 
-With :math:`U = dW^\top C C^\top dW / d_o` in the place of :math:`\operatorname{tr}(C^\top G C) U`, and its mirror
-image. No layer is hooked, so that any matrix can be preconditioned, and gradients that are averaged over
-micro-batches and processes give statistics that are averaged already.
+With :math:`U = dW^\top C C^\top dW / d_o` in the place of :math:`\operatorname{tr}(C^\top G C) U`, and its
+mirror image. No layer is hooked, so that any matrix can be preconditioned, and gradients that are averaged
+over micro-batches and processes give statistics that are averaged already.
 
 Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, appendix on Shampoo; Gupta et al.,
 "Shampoo: Preconditioned stochastic tensor optimization", ICML 2018, arXiv:1802.09568, for the statistics.
@@ -45,7 +45,8 @@ class Shampoo(Singd):
         r"""As SINGD's, where H_K holds the other factor's trace already.
 
         .. math::
-            m_K \leftarrow \alpha_1 m_K + \tfrac12 [H_K + \lambda \operatorname{tr}(C^\top C) P(K^\top K) - I]
+            m_K \leftarrow \alpha_1 m_K
+                + \tfrac12 [H_K + \lambda \operatorname{tr}(C^\top C) P(K^\top K) - I]
         """
         K, C, m_K, m_C, H_K, H_C = factors
         alpha1 = options["alpha1"]

@@ -1,10 +1,12 @@
 r"""The rule of SINGD, one function per equation of the paper.
 
-:math:`K, C` are the factors of one layer, :math:`m_K, m_C` their Riemannian momenta, :math:`H_K = P(K^\top U K)` and
-:math:`H_C = P(C^\top G C)` the projected curvature, and :math:`\operatorname{tr}` the *average* trace.
+:math:`K, C` are the factors of one layer, :math:`m_K, m_C` their Riemannian momenta,
+:math:`H_K = P(K^\top U K)` and :math:`H_C = P(C^\top G C)` the projected curvature, and
+:math:`\operatorname{tr}` the *average* trace.
 
-Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705. With dense factors it is
-INGD: Lin et al., "Simplifying Momentum-based Riemannian Submanifold Optimization", ICML 2023, arXiv:2302.09738.
+Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, arXiv:2312.05705. With dense
+factors it is INGD: Lin et al., "Simplifying Momentum-based Riemannian Submanifold Optimization", ICML 2023,
+arXiv:2302.09738.
 """
 
 from __future__ import annotations
@@ -80,6 +82,10 @@ class Singd(Rule):
     keeps = {"K": INPUT, "C": OUTPUT, "m_K": INPUT, "m_C": OUTPUT}
     gathers_with = ("K", "C")
 
+    def kept(self, options: Mapping[str, Any]) -> Mapping[str, str]:
+        """Without momentum, the momenta need not be kept."""
+        return self.keeps if options["alpha1"] else {"K": INPUT, "C": OUTPUT}
+
     def curvature(
         self, factors: Factors, a: Rows, g: Rows
     ) -> tuple[StructuredMatrix, StructuredMatrix]:
@@ -89,7 +95,8 @@ class Singd(Rule):
     def update(
         self, factors: Factors, curvature: Curvature, options: Mapping[str, Any], updates: int
     ) -> Factors:
-        K, C, m_K, m_C = (factors[key] for key in ("K", "C", "m_K", "m_C"))
+        K, C = factors["K"], factors["C"]
+        m_K, m_C = factors.get("m_K") or K * 0.0, factors.get("m_C") or C * 0.0
         H_K, H_C = curvature.H_K, curvature.H_C
         damping = self.damping(curvature, options)
         if options["scaled_start"] and updates == 0:
@@ -97,10 +104,14 @@ class Singd(Rule):
             K, C = K * k, C * c
             H_K, H_C = self.scaled_curvature(H_K, H_C, k, c)
         m_K, m_C = self.momenta(K, C, m_K, m_C, H_K, H_C, damping=damping, options=options)
-        beta, normalize = averaging(options, options["lr_cov"], updates), options["normalize_lr_cov"]
+        beta, normalize = (
+            averaging(options, options["lr_cov"], updates),
+            options["normalize_lr_cov"],
+        )
         K = moved_factor(K, m_K, step_size(m_K, beta, normalize))
         C = moved_factor(C, m_C, step_size(m_C, beta, normalize))
-        return {"K": K, "C": C, "m_K": m_K, "m_C": m_C}
+        new = {"K": K, "C": C, "m_K": m_K, "m_C": m_C}
+        return {name: new[name] for name in self.kept(options)}
 
     def momenta(
         self,
@@ -120,7 +131,7 @@ class Singd(Rule):
         return options["damping"] * (curvature.u * curvature.g if relative else 1.0)
 
     def start_scales(self, curvature: Curvature, damping: Any) -> tuple[Any, Any]:
-        r"""The scales k, c of K and C at the fixed point of K = k I, C = c I: (k c)^2 = 1 / (u g + lambda), k = c."""
+        r"""The scales of K = k I, C = c I at the fixed point: (k c)^2 = 1 / (u g + lambda), with k = c."""
         scale = _inverse_root(curvature.u * curvature.g + damping, 4)
         return scale, scale
 

@@ -262,26 +262,21 @@ class StructuredMatrix(ABC):
     def spectral_norm(self, products: int = 8) -> Tensor:
         """The spectral norm, estimated from below by power iteration, 0-d, in float32 at least.
 
-        Four fixed start vectors are multiplied by A^T A, and the largest growth counts. With the 8 products of
-        the default, 4 by A and 4 by A^T, random members give at least 0.85 of the norm, and never more than it
-        but for rounding. Nothing waits for the device.
+        Four fixed start vectors are multiplied by A and A^T in turn; the largest growth of the last product
+        counts. It never exceeds the norm but for rounding; of random members, 8 products find at least 0.85 of
+        it and 16 at least 0.95. Nothing waits for the device.
 
         Args:
-            products: How many products to take, two for each multiplication by A^T A; at least 2.
+            products: How many products to take, at least 1.
         """
         A = self.to(dtype=wide(self._first()))
-        tiny = torch.finfo(A.dtype).tiny
         # cosines of angles that grow quadratically: no two entries and no two vectors are alike
-        steps = torch.arange(1, self.n + 1, dtype=torch.float64, device=self.device)[:, None]
-        angles = steps * steps * torch.arange(1, 5, dtype=torch.float64, device=self.device) * 0.6180339887
-        X = angles.cos().to(A.dtype)
-        growth = X.new_zeros(X.shape[1])
-        for _ in range(max(1, products // 2)):
-            X = X / torch.linalg.vector_norm(X, dim=0).clamp(min=tiny)
-            Y = A.mm(X)
-            growth, X = torch.linalg.vector_norm(Y, dim=0), A.tmm(Y)
-        # one product more than A's own: |A^T A x| / |A x| is at least as good a bound as |A x| / |x|
-        return (torch.linalg.vector_norm(X, dim=0) / growth.clamp(min=tiny)).amax()
+        step = torch.arange(1, self.n + 1, dtype=A.dtype, device=self.device)[:, None]
+        X = (step * step * (0.618 * torch.arange(1, 5, dtype=A.dtype, device=self.device))).cos()
+        for i in range(max(1, products)):
+            size = torch.linalg.vector_norm(X, dim=0)
+            X = (A.tmm if i % 2 else A.mm)(X / size.clamp(min=torch.finfo(A.dtype).tiny))
+        return torch.linalg.vector_norm(X, dim=0).amax()
 
     # -- storage -----------------------------------------------------------------------------------------
 
@@ -352,7 +347,9 @@ class StructuredMatrix(ABC):
     def _repr_html_(self) -> str:
         index, columns = picture.sampled(self.n)
         entries = self.mm(columns.to(dtype=self.dtype, device=self.device))[index.to(self.device)]
-        words = f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
+        words = (
+            f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
+        )
         numbers = f"{self.numel:,} numbers, {self.numel / max(1, self.n) ** 2:.1%} of dense"
         return picture.html_picture(entries, words, numbers)
 
@@ -388,9 +385,6 @@ class Transposed(StructuredMatrix):
 
     def project(self, Y: Tensor) -> Transposed:
         return Transposed(self.of.project(Y))
-
-    def project_pair(self, V: Tensor, W: Tensor) -> Transposed:
-        return Transposed(self.of.project_pair(V, W))
 
     def add_identity_(self, alpha: float | Tensor) -> Transposed:
         self.of.add_identity_(alpha)

@@ -73,10 +73,6 @@ class BlockDiagonal(StructuredMatrix):
             return self.mm(self.tmm(X))
         return self.cogram().mm(X)  # one pass over X instead of two
 
-    def project_pair(self, V: Tensor, W: Tensor) -> BlockDiagonal:
-        products = (v @ w.mT for v, w in zip(self._split(V), self._split(W), strict=True))
-        return BlockDiagonal(*(N + N.mT for N in products))
-
     def add_identity_(self, alpha: float | Tensor) -> BlockDiagonal:
         self.blocks.diagonal(dim1=1, dim2=2).add_(alpha)
         self.last.diagonal().add_(alpha)
@@ -94,7 +90,3 @@ class BlockDiagonal(StructuredMatrix):
 
     def project_cocongruence(self, rows: Rows) -> BlockDiagonal:
         return BlockDiagonal(self.blocks.mT, self.last.T).project_congruence(rows)
-
-    def norm(self) -> Tensor:
-        parts = [torch.linalg.vector_norm(t, dtype=wide(t)) for t in self.tensors()]
-        return torch.linalg.vector_norm(torch.stack(parts))

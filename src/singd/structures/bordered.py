@@ -9,9 +9,7 @@ are such matrices, so that two products with few rows do what a dense factor doe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch.nn.functional import pad
 
 from singd.kernels import few_columns_pay, wide
 from singd.rows import Rows
-from singd.structures.base import Preconditioner, StructuredMatrix, static, transposed
+from singd.structures.base import Preconditioner, StructuredMatrix, Transposed, static
 
 
 @dataclass(eq=False, repr=False)
@@ -79,24 +77,21 @@ class Bordered(StructuredMatrix):
         return torch.cat([self.top, pad(self.bottom, (self.first, 0))])
 
     def _take(self, X: Tensor) -> Tensor:
-        """The rows of X, [n, m], that meet dense columns of K^T: the first and the last ones, [k + l, m]."""
+        """The rows of X, [n, m], at the places of the dense rows, [k + l, m]."""
         if not (self.first and self.last):
             return X[: self.first] if self.first else X[self._end :]
         return torch.cat([X[: self.first], X[self._end :]])
 
-    def _with(self, d: Tensor, rows: Tensor) -> Bordered:
-        """The matrix with this diagonal, [n - k - l], and these dense rows, [k + l, n]."""
-        k = self.first
-        numbers = torch.cat([d, rows[:k].reshape(-1), rows[k:, k:].reshape(-1)])
-        return Bordered(numbers, self.size, k, self.last)
+    def _with(self, d: Tensor, top: Tensor, bottom: Tensor) -> Bordered:
+        """The matrix of this structure with these parts, of the same shapes as its own."""
+        numbers = torch.cat([d, top.reshape(-1), bottom.reshape(-1)])
+        return Bordered(numbers, self.size, self.first, self.last)
 
-    def _member(self, d: Tensor, rows: Tensor) -> Bordered:
-        """P(N) from N's diagonal between the dense rows, and N's rows: twice what is off the diagonal blocks."""
-        N = self._with(d, rows)
-        if self.first:
-            N.top[:, self.first :].mul_(2)
-        if self.last:
-            N.bottom[:, : -self.last].mul_(2)
+    def _projected_from(self, d: Tensor, top: Tensor, bottom: Tensor) -> Bordered:
+        """P(N) from these parts of N: twice what is off its diagonal blocks."""
+        N = self._with(d, top, bottom)
+        N.top[:, self.first :].mul_(2)
+        N.bottom[:, : self._end - self.first].mul_(2)
         return N
 
     # -- the primitives ------------------------------------------------------------------------------
@@ -106,57 +101,75 @@ class Bordered(StructuredMatrix):
         return torch.cat([rows[:k], self.d[:, None] * X[k : self._end], rows[k:]])
 
     def tmm(self, X: Tensor) -> Tensor:
-        out, middle = self._rows().T @ self._take(X), slice(self.first, self._end)
-        out[middle].addcmul_(self.d[:, None], X[middle])
+        k, end = self.first, self._end
+        if k:
+            out = self.top.T @ X[:k]
+            out[k:].addmm_(self.bottom.T, X[end:])
+        else:
+            out = self.bottom.T @ X[end:]
+        out[k:end].addcmul_(self.d[:, None], X[k:end])
+        return out
+
+    def _left(self, S: Tensor) -> Tensor:
+        """S K for S, [m, n]; or without the first k columns of both, where those of S are zero."""
+        k, end = self.first, self._end
+        if S.shape[1] == self.size and k:
+            out = S[:, :k] @ self.top
+            out[:, k:].addmm_(S[:, end:], self.bottom)
+        else:
+            k, end = 0, end - k
+            out = S[:, end:] @ self.bottom
+        out[:, k:end].addcmul_(S[:, k:end], self.d)
         return out
 
     def compose(self, other: Bordered) -> Bordered:
-        # rows times a matrix, as its transpose times columns
-        return self._with(self.d * other.d, other.tmm(self._rows().T).T)
+        return self._with(self.d * other.d, other._left(self.top), other._left(self.bottom))
 
     def project(self, Y: Tensor) -> Bordered:
-        squares = Y[self.first : self._end].square().sum(1)
-        return self._member(squares, self._take(Y) @ Y.T)
+        k, end = self.first, self._end
+        squares = Y[k:end].square().sum(1)
+        return self._projected_from(squares, Y[:k] @ Y.T, Y[end:] @ Y[k:].T)
 
     def trace(self) -> Tensor:
         dtype, k = wide(self.numbers), self.first
-        blocks = self.top[:, :k], self.bottom[:, self._end - k :]
-        return self.d.sum(dtype=dtype) + sum(b.diagonal().sum(dtype=dtype) for b in blocks)
+        diagonals = [self.d, self.top.diagonal(), self.bottom[:, self._end - k :].diagonal()]
+        return torch.cat(diagonals).sum(dtype=dtype)
 
     # -- for speed -----------------------------------------------------------------------------------
 
-    def project_pair(self, V: Tensor, W: Tensor) -> Bordered:
-        products = 2 * (V * W)[self.first : self._end].sum(1)
-        return self._member(products, self._take(V) @ W.T + self._take(W) @ V.T)
-
     def add_identity_(self, alpha: float | Tensor) -> Bordered:
         self.d.add_(alpha)
-        if self.first:
-            self.top.diagonal().add_(alpha)
-        if self.last:
-            self.bottom[:, -self.last :].diagonal().add_(alpha)
+        self.top.diagonal().add_(alpha)
+        self.bottom[:, self._end - self.first :].diagonal().add_(alpha)
         return self
 
     def gram(self) -> Bordered:
-        R = self._rows()
-        return self._congruence(self.d.square(), R, R[:, self.first : self._end])
-
-    def _congruence(self, squares: Tensor, SK: Tensor, middle: Tensor) -> Bordered:
-        """P(K^T S K), with E the columns of I at the places of the dense rows.
-
-        Args:
-            squares: d^2 times the diagonal of S, [n - k - l].
-            SK: E^T S K, [k + l, n].
-            middle: E^T S (K + D) between the dense columns, [k + l, n - k - l].
-        """
-        k, end, R = self.first, self._end, self._rows()
-        return self._member(squares + (R[:, k:end] * middle).sum(0), self._take(R.T) @ SK)
+        k, end, top, bottom = self.first, self._end, self.top, self.bottom
+        middle = torch.cat([self.d[None], top[:, k:end], bottom[:, : end - k]])
+        rows = bottom[:, end - k :].T @ bottom  # of K^T K, the last ones
+        rows.addmm_(top[:, end:].T, top[:, k:])
+        return self._projected_from(middle.square().sum(0), top[:, :k].T @ top, rows)
 
     def cogram(self) -> Bordered:
-        return self._member(self.d.square(), self.mm(self._rows().T).T)
+        k, N = self.first, self.mm(self._rows().T).T  # the dense rows of K K^T
+        return self._projected_from(self.d.square(), N[:k], N[k:, k:])
+
+    def mm_AAt(self, X: Tensor) -> Tensor:
+        return self.preconditioner().mm_AAt(X)
+
+    def mm_AAt_(self, X: Tensor) -> Tensor:
+        return self.preconditioner().mm_AAt_(X)
+
+    def mm_AtA(self, X: Tensor) -> Tensor:
+        R, middle = self._rows(), slice(self.first, self._end)
+        out = R.T @ (R @ X)
+        out[middle].addcmul_(self.d.square()[:, None], X[middle])
+        return out
 
     def preconditioner(self) -> Preconditioner:
-        N = self.mm(self._rows().T).T  # the rows of K K^T, whose others are diagonal but for their transposes
+        N = self.mm(
+            self._rows().T
+        ).T  # the rows of K K^T, whose others are diagonal but for their transposes
         d, k, end = pad(self.d.square(), (self.first, self.last))[:, None], self.first, self._end
 
         def multiply_(X: Tensor) -> Tensor:
@@ -166,12 +179,6 @@ class Bordered(StructuredMatrix):
             return out
 
         return Preconditioner(lambda X: multiply_(X.clone()), self.dtype, multiply_)
-
-    def mm_AtA(self, X: Tensor) -> Tensor:
-        R, middle = self._rows(), slice(self.first, self._end)
-        out = R.T @ (R @ X)
-        out[middle].addcmul_(self.d.square()[:, None], X[middle])
-        return out
 
     # K^T S K for S = R^T R needs few columns of S, and K S K^T few products with R: nothing of size m x n is
     # formed, which a convolution would have to unfold.
@@ -186,9 +193,11 @@ class Bordered(StructuredMatrix):
         else:
             columns = torch.cat([rows.columns(0, k), rows.columns(end, self.n)], dim=1)
             S, squares = rows.tmm(columns).T, rows.squares()
-        SK = self.tmm(S.T).T
+        SK, R = self._left(S), self._rows()
         middle = torch.addcmul(SK[:, k:end], S[:, k:end], self.d)
-        return self._congruence(self.d.square() * squares[k:end], SK, middle)
+        diagonal = self.d.square() * squares[k:end] + (R[:, k:end] * middle).sum(0)
+        N = self._take(R.T) @ SK  # the dense rows of K^T S K
+        return self._projected_from(diagonal, N[:k], N[k:, k:])
 
     def project_cocongruence(self, rows: Rows) -> Bordered:
         if not few_columns_pay(self.numbers):
@@ -199,38 +208,13 @@ class Bordered(StructuredMatrix):
             S, squares = R @ whole, whole.diagonal()
         else:
             S, squares = rows.tmm(rows.mm(R.T)).T, rows.squares()
-        squares = squares[self.first : self._end]
-        return self._member(self.d.square() * squares, self.mm(S.T).T)
+        k, N = self.first, self.mm(S.T).T  # the dense rows of K S K^T
+        return self._projected_from(self.d.square() * squares[k : self._end], N[:k], N[k:, k:])
 
     @property
     def _wide(self) -> bool:
         """Whether so many rows are dense that all of R^T R takes less time than their part."""
         return 2 * (self.first + self.last) >= self.n
-
-
-def hierarchical(first: int, last: int) -> Callable[..., StructuredMatrix]:
-    """Dense corners, joined by borders and a diagonal."""
-    return partial(Bordered.eye, first=first, last=last)
-
-
-def upper_first(k: int) -> Callable[..., StructuredMatrix]:
-    """[[A, B], [0, diag]] with a k x k dense A."""
-    return partial(Bordered.eye, first=k)
-
-
-def lower_last(k: int) -> Callable[..., StructuredMatrix]:
-    """[[diag, 0], [F, G]] with a k x k dense G."""
-    return partial(Bordered.eye, last=k)
-
-
-def lower_first(k: int) -> Callable[..., StructuredMatrix]:
-    """The transposes of ``upper_first``."""
-    return transposed(upper_first(k))
-
-
-def upper_last(k: int) -> Callable[..., StructuredMatrix]:
-    """The transposes of ``lower_last``."""
-    return transposed(lower_last(k))
 
 
 def from_recursive_layout(like: StructuredMatrix, flat: Tensor) -> Tensor:
@@ -247,13 +231,7 @@ def from_recursive_layout(like: StructuredMatrix, flat: Tensor) -> Tensor:
         The numbers for ``like.from_flat``, [numel].
     """
     if not isinstance(like, Bordered):
-        inner = [getattr(like, f.name) for f in fields(like)]
-        if not any(isinstance(A, StructuredMatrix) for A in inner):
-            return flat
-        stored = [A for A in inner if isinstance(A, StructuredMatrix | Tensor)]
-        sizes = [A.numel if isinstance(A, StructuredMatrix) else A.numel() for A in stored]
-        parts = zip(stored, flat.split_with_sizes(sizes), strict=True)
-        return torch.cat([from_recursive_layout(A, p) if isinstance(A, StructuredMatrix) else p for A, p in parts])
+        return from_recursive_layout(like.of, flat) if isinstance(like, Transposed) else flat
     n, k, l = like.size, like.first, like.last
     middle = n - k - l
     sizes = [k * k, k * (n - k), middle, middle * l, l * l]

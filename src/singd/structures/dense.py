@@ -44,10 +44,6 @@ class Dense(StructuredMatrix):
 
     # -- for speed -----------------------------------------------------------------------------------
 
-    def project_pair(self, V: Tensor, W: Tensor) -> Dense:
-        N = V @ W.T
-        return Dense(N + N.T)
-
     def add_identity_(self, alpha: float | Tensor) -> Dense:
         self.a.diagonal().add_(alpha)
         return self

@@ -44,9 +44,6 @@ class Diagonal(StructuredMatrix):
 
     # -- for speed -----------------------------------------------------------------------------------
 
-    def project_pair(self, V: Tensor, W: Tensor) -> Diagonal:
-        return Diagonal(2 * (V * W).sum(1))
-
     def add_identity_(self, alpha: float | Tensor) -> Diagonal:
         self.d.add_(alpha)
         return self
@@ -68,6 +65,3 @@ class Diagonal(StructuredMatrix):
 
     def project_cocongruence(self, rows: Rows) -> Diagonal:
         return self.project_congruence(rows)
-
-    def norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.d, dtype=wide(self.d))

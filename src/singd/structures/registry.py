@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from singd.structures import bordered
 from singd.structures.base import StructuredMatrix, transposed
 from singd.structures.block_diagonal import BlockDiagonal
+from singd.structures.bordered import Bordered
 from singd.structures.dense import Dense
 from singd.structures.diagonal import Diagonal
 from singd.structures.toeplitz import UpperToeplitz
@@ -60,8 +60,14 @@ class Family:
         return self.of(*map(int, match.groups())) if match else None
 
 
-def _blocks(k: int) -> Make:
-    return partial(BlockDiagonal.eye, k=k)
+def _bordered(transpose: bool, *ends: str) -> Callable[..., Make]:
+    """The makers of bordered structures, or of their transposes, with some dense rows at these ends."""
+
+    def family(*sizes: int) -> Make:
+        make = partial(Bordered.eye, **dict(zip(ends, sizes, strict=True)))
+        return transposed(make) if transpose else make
+
+    return family
 
 
 _RANK_K = ("(k+1) d", "k d")
@@ -75,18 +81,18 @@ _UPPER_LAST = r"\operatorname{diag} N_{11},\; 2 N_{12},\; N_{22}"
 
 # fmt: off
 FAMILIES = tuple(Family(StructureSpec(*words), shown) for shown, *words in (
-    (((30,), (3,)), "block{}diagonal", _blocks,
+    (((30,), (3,)), "block{}diagonal", lambda k: partial(BlockDiagonal.eye, k=k),
      "dense {0} x {0} blocks on the diagonal", _BLOCKS, "k d", "k d"),
-    (((15, 15), (3, 2)), "hierarchical{}_{}", bordered.hierarchical,
+    (((15, 15), (3, 2)), "hierarchical{}_{}", _bordered(False, "first", "last"),
      "dense corners of {} and {}, joined by borders and a diagonal",
      _CORNERS, "(k_1 + k_2 + 1) d", "(k_1 + k_2) d"),
-    (((4,),), "trilrank{}first", bordered.lower_first,
+    (((4,),), "trilrank{}first", _bordered(True, "first"),
      "lower triangular: dense block of {} first, its border, a diagonal", _LOWER_FIRST, *_RANK_K),
-    (((4,),), "triurank{}first", bordered.upper_first,
+    (((4,),), "triurank{}first", _bordered(False, "first"),
      "upper triangular: dense block of {} first, its border, a diagonal", _UPPER_FIRST, *_RANK_K),
-    (((4,),), "trilrank{}last", bordered.lower_last,
+    (((4,),), "trilrank{}last", _bordered(False, "last"),
      "lower triangular: a diagonal, then a border and a dense block of {}", _LOWER_LAST, *_RANK_K),
-    (((4,),), "triurank{}last", bordered.upper_last,
+    (((4,),), "triurank{}last", _bordered(True, "last"),
      "upper triangular: a diagonal, then a border and a dense block of {}", _UPPER_LAST, *_RANK_K),
 ))
 _REGISTRY: dict[str, StructureSpec] = {s.name: s for s in (
@@ -149,7 +155,10 @@ def _lasting_name(make: Any) -> str:
     if isinstance(make, partial):
         values = [*make.args, *make.keywords.values()]
         if all(isinstance(v, int | float | str | None) for v in values):
-            fixed = [*map(repr, make.args), *(f"{k}={v!r}" for k, v in sorted(make.keywords.items()))]
+            fixed = [
+                *map(repr, make.args),
+                *(f"{k}={v!r}" for k, v in sorted(make.keywords.items())),
+            ]
             return f"{_lasting_name(make.func)}({', '.join(fixed)})"
     name = getattr(make, "__name__", "<")
     if name.startswith("<"):

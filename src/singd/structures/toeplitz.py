@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.kernels import diagonal_sums, toeplitz_mm, wide
+from singd.kernels import diagonal_sums, toeplitz, toeplitz_mm, wide
 from singd.structures.base import StructuredMatrix
 
 
@@ -41,7 +41,8 @@ class UpperToeplitz(StructuredMatrix):
         return UpperToeplitz(toeplitz_mm(other.t[:, None], (self.t, False))[:, 0])
 
     def project(self, Y: Tensor) -> UpperToeplitz:
-        return self._means(diagonal_sums(Y.to(wide(Y))))
+        sums = diagonal_sums(Y.to(wide(Y)))
+        return self._means(sums, self._counts(sums))
 
     def trace(self) -> Tensor:
         return self.n * self.t[0].to(wide(self.t))
@@ -62,22 +63,22 @@ class UpperToeplitz(StructuredMatrix):
         # The j-th off-diagonal of A^T A sums to sum over s of t[s] (n - j - s) t[s + j], a correlation. Its terms
         # cancel for j near n, hence float64 (of vectors only), where the device has it.
         t = self.t.to(self.t.dtype if self.t.device.type == "mps" else torch.float64)
-        return self._means(toeplitz_mm((self._counts(t) * t)[:, None], (t, True))[:, 0])
+        counts = self._counts(t)
+        return self._means(toeplitz_mm((counts * t)[:, None], (t, True))[:, 0], counts)
 
     def cogram(self) -> UpperToeplitz:
         # A A^T is A^T A mirrored in its antidiagonal, which keeps each diagonal's sum.
         return self.gram()
 
     def dense(self) -> Tensor:
-        padded = torch.cat([self.t.new_zeros(self.n - 1), self.t])
-        return padded.unfold(0, self.n, 1).flip(0).clone()
+        return toeplitz(self.t, True)
 
     def _counts(self, like: Tensor) -> Tensor:
         """How many entries each diagonal has, [n], from the main one on."""
         return torch.arange(self.n, 0, -1, dtype=like.dtype, device=like.device)
 
-    def _means(self, sums: Tensor) -> UpperToeplitz:
-        """The projection whose diagonals have these sums, [n]."""
-        means = sums / self._counts(sums)
-        means[1:] *= 2
+    def _means(self, sums: Tensor, counts: Tensor) -> UpperToeplitz:
+        """The projection of a matrix whose diagonals have these sums, [n], of so many entries."""
+        means = sums / counts
+        means[1:].mul_(2)
         return UpperToeplitz(means.to(self.t.dtype))

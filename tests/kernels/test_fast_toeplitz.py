@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from singd.kernels import cpu_toeplitz
+from singd.kernels import fast_toeplitz
 from singd.structures import UpperToeplitz
 
 F64 = torch.float64
@@ -11,14 +11,14 @@ F64 = torch.float64
 
 @pytest.fixture
 def always_by_fft(monkeypatch):
-    monkeypatch.setattr(cpu_toeplitz, "SMALL", 0)
+    monkeypatch.setitem(fast_toeplitz.SMALL, "cpu", 0)
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 10**6])
 @pytest.mark.parametrize("m", [0, 1, 2, 7])
 @pytest.mark.parametrize("n", [1, 2, 5, 16, 33])
 def test_fft_routes(always_by_fft, monkeypatch, n, m, chunk):
-    monkeypatch.setattr(cpu_toeplitz, "CHUNK", chunk)
+    monkeypatch.setattr(fast_toeplitz, "CHUNK", chunk)
     A, B = (UpperToeplitz(torch.randn(n, dtype=F64)) for _ in range(2))
     a, X = A.dense(), torch.randn(n, m, dtype=F64)
     pairs = [

@@ -1,7 +1,7 @@
-"""Triangular Toeplitz products on a CPU: by the matrix itself where it is small, else by FFT in the cache.
+"""Triangular Toeplitz products by FFT; on a CPU, a few columns at a time, which stay in its cache.
 
 Each constant was found with one thread of an x86 CPU and float32; ``tests/benchmarks/kernels.py`` says what each
-trick saves of a whole training step.
+trick saves of a whole training step. The limit for other devices is a guess: products there start slowly.
 """
 
 from __future__ import annotations
@@ -14,30 +14,27 @@ from torch.fft import irfft, rfft
 
 from singd.kernels.registry import register_kernel
 
-SMALL = 256
+SMALL = {"cpu": 256, "other": 1024}
 """Up to this n a product with the n x n matrix itself takes less time than one by FFT."""
 CHUNK = 2**17
-"""So many numbers are transformed at a time: they stay in the cache, which halves the time."""
+"""So many numbers are transformed at a time on a CPU, which halves the time."""
 
 
 def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _dense(t: Tensor, upper: bool) -> Tensor:
-    """The Toeplitz matrix with t, [n], as its first row (its first column, if not ``upper``) and zeros beside it."""
-    padded = torch.cat([t.new_zeros(len(t) - 1), t])
-    matrix = padded.unfold(0, len(t), 1).flip(0)
-    return matrix if upper else matrix.T
+def _step(X: Tensor, length: int) -> int:
+    """How many columns to transform at a time."""
+    return max(1, CHUNK // length if X.device.type == "cpu" else X.numel())
 
 
 def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
-    """See `kernels.toeplitz_mm`; the result is stored row by row if X is, else column by column."""
+    """See `kernels.toeplitz_mm`; the result is stored row by row if X is, else column by column.
+
+    Products with a lower triangular matrix are convolutions, those with an upper one correlations.
+    """
     n, m = X.shape
-    if n <= SMALL and m > 1:
-        for t, upper in factors:
-            X = _dense(t, upper) @ X
-        return X
     length = _fast_length(2 * n - 1)
     spectra = []
     for t, upper in factors:
@@ -47,7 +44,7 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     # torch transposes a whole matrix faster than its parts
     columns = X.T.contiguous()
     out = X.new_empty(m, n, dtype=torch.promote_types(factors[0][0].dtype, X.dtype))
-    step = max(1, CHUNK // length)
+    step = _step(X, length)
     for source, target in zip(columns.split(step), out.split(step), strict=True):
         rows = source.to(_wide(X))
         for spectrum in spectra:
@@ -57,18 +54,13 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
 
 
 def diagonal_sums(Y: Tensor) -> Tensor:
-    """See `kernels.diagonal_sums`."""
-    n, m = Y.shape
-    if n <= SMALL and m > 2:
-        # zeros where a shifted row would leave the matrix
-        padded = torch.nn.functional.pad(Y @ Y.T, (0, n))
-        return padded.as_strided((n, n), (2 * n + 1, 1)).sum(0)
-    length = _fast_length(2 * n - 1)
+    """See `kernels.diagonal_sums`: the correlation of each column with itself."""
+    length = _fast_length(2 * len(Y) - 1)
     power = Y.new_zeros(length // 2 + 1)
-    for rows in Y.T.split(max(1, CHUNK // length)):
+    for rows in Y.T.split(_step(Y, length)):
         spectrum = rfft(rows.contiguous(), length)
         power += torch.view_as_real(spectrum).square().sum(dim=(0, 2))
-    return irfft(power, length)[:n]
+    return irfft(power, length)[: len(Y)]
 
 
 @cache
@@ -85,10 +77,11 @@ def _fast_length(n: int) -> int:
         length += 16
 
 
-def _has_columns(X: Tensor, *factors: tuple[Tensor, bool]) -> bool:
-    """Whether there is anything to transform, which some libraries refuse otherwise."""
-    return X.numel() > 0
+def _pays(X: Tensor, *factors: tuple[Tensor, bool]) -> bool:
+    """Whether X is large, and not empty, which some libraries refuse to transform."""
+    return X.numel() > 0 and len(X) > SMALL["cpu" if X.device.type == "cpu" else "other"]
 
 
-register_kernel("toeplitz_mm", "cpu", toeplitz_mm, _has_columns)
-register_kernel("diagonal_sums", "cpu", diagonal_sums, _has_columns)
+for device in ("cpu", "any"):
+    register_kernel("toeplitz_mm", device, toeplitz_mm, _pays)
+    register_kernel("diagonal_sums", device, diagonal_sums, _pays)

@@ -1,0 +1,214 @@
+"""Checkpoints: torch's hooks see all of them, and what cannot be trained on is refused as a whole."""
+
+import copy
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from published import FAST
+from torch import nn
+
+from singd import SINGD
+from singd.structures import BlockDiagonal, Dense, Diagonal
+
+F64 = torch.float64
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4)).to(F64)
+
+
+def run(model, optimizer, steps=2):
+    for step in range(steps):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, dtype=F64)).square().mean().backward()
+        optimizer.step()
+
+
+def trained(model=None, **options):
+    torch.manual_seed(0)
+    model = model or mlp()
+    optimizer = SINGD(model, **{**FAST, **options})
+    run(model, optimizer)
+    return model, optimizer
+
+
+def dense(optimizer, name):
+    return [f.dense() for f in optimizer.factors(name)]
+
+
+# -- torch's hooks -----------------------------------------------------------------------------------
+
+
+def test_hooks_see_the_factors():
+    _, optimizer = trained()
+    seen = {}
+
+    def before(optimizer, state_dict):
+        seen["before"] = set(state_dict["state"][0])
+
+    def after(optimizer):
+        first = optimizer.param_groups[0]["params"][0]
+        seen["after"] = {k: torch.as_tensor(v).clone() for k, v in optimizer.state[first].items()}
+
+    model = mlp()
+    other = SINGD(model, **FAST)
+    other.register_load_state_dict_pre_hook(before)
+    other.register_load_state_dict_post_hook(after)
+    saved = optimizer.state_dict()
+    other.load_state_dict(saved)
+    assert {"K", "C", "m_K", "m_C"} <= seen["before"]
+    for key, value in saved["state"][0].items():
+        assert torch.equal(seen["after"][key], torch.as_tensor(value)), key
+
+
+def test_a_hook_that_changes_a_factor_is_heard():
+    _, optimizer = trained()
+
+    def double(optimizer, state_dict):
+        state = {
+            i: {k: 2 * v if k == "K" else v for k, v in entry.items()}
+            for i, entry in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
+    other = SINGD(mlp(), **FAST)
+    other.register_load_state_dict_pre_hook(double)
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(dense(other, "0")[0], 2 * dense(optimizer, "0")[0])
+
+
+def by_name(optimizer, state_dict):
+    """Match parameters by name, as the example in torch's documentation of these hooks does."""
+    saved, mine = state_dict["param_groups"], optimizer.state_dict()["param_groups"]
+    index_of = {n: i for g in saved for n, i in zip(g["param_names"], g["params"], strict=True)}
+    state = {
+        i: state_dict["state"][index_of[n]]
+        for g in mine
+        for n, i in zip(g["param_names"], g["params"], strict=True)
+    }
+    groups = [
+        {**s, "params": g["params"], "param_names": g["param_names"]}
+        for s, g in zip(saved, mine, strict=True)
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def test_a_hook_that_matches_parameters_by_name():
+    model = mlp()
+    _, optimizer = trained(model, params=list(model[:3].named_parameters()))
+    twin = mlp()
+    other = SINGD(twin, list(reversed(list(twin[:3].named_parameters()))), **FAST)
+    other.register_load_state_dict_pre_hook(by_name)
+    other.load_state_dict(optimizer.state_dict())
+    for name in ("0", "2"):
+        for a, b in zip(dense(optimizer, name), dense(other, name), strict=True):
+            assert torch.equal(a, b)
+
+
+# -- what is refused ---------------------------------------------------------------------------------
+
+
+def with_state(key, change):
+    def apply(saved):
+        saved["state"][0][key] = change(saved["state"][0][key])
+
+    return apply
+
+
+def with_option(name, value):
+    def apply(saved):
+        saved["param_groups"][0][name] = value
+
+    return apply
+
+
+WRONG = {
+    "a factor of integers": with_state("K", lambda K: K.long()),
+    "a complex factor": with_state("K", lambda K: K.to(torch.complex128)),
+    "a factor of another shape": with_state("K", lambda K: K.view(5, 5)),
+    "a factor that is no tensor": with_state("K", lambda K: K.tolist()),
+    "a factor with a nan": with_state("m_C", lambda m: m.clone().fill_(torch.nan)),
+    "a factor with an inf": with_state("C", lambda C: C.clone().fill_(torch.inf)),
+    "a factor without data": with_state("K", lambda K: K.to("meta")),
+    "a momentum without data": with_state("momentum_buffer", lambda m: m.to("meta")),
+    "a step that is no count": with_state("step", lambda step: -3),
+    "a step that is text": with_state("step", lambda step: "three"),
+    "an unknown option": with_option("dampening_of_old", 0.1),
+    "an option that cannot be": with_option("T", 0),
+    "a format that is no number": with_option("format", "new"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_checkpoint_that_cannot_be_trained_on_is_refused_as_a_whole(name):
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    WRONG[name](saved)
+    model, other = trained(lr=0.05)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError) as raised:
+        other.load_state_dict(saved)
+    assert "\n" not in str(raised.value)
+    after = other.state_dict()
+    assert str(after) == str(before)
+    run(model, other)
+
+
+@pytest.mark.parametrize("bad", [{}, {"state": {}}, [], None], ids=str)
+def test_what_is_no_checkpoint_is_refused(bad):
+    _, optimizer = trained()
+    with pytest.raises((TypeError, ValueError), match="state_dict|checkpoint"):
+        optimizer.load_state_dict(bad)
+
+
+# -- structures without a name -----------------------------------------------------------------------
+
+
+def blocks(n, k, **kw):
+    return BlockDiagonal.eye(n, k=k, **kw)
+
+
+RESUME = """
+import functools, sys, torch
+from torch import nn
+from singd import SINGD
+from singd.structures import BlockDiagonal
+def blocks(n, k, **kw):
+    return BlockDiagonal.eye(n, k=k, **kw)
+model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4)).double()
+optimizer = SINGD(model, structures=(functools.partial(blocks, k=2), "dense"))
+saved = torch.load(sys.argv[1], weights_only=True)
+optimizer.load_state_dict(saved["optimizer"])
+assert torch.equal(optimizer.factors("0").K.dense(), saved["K"])
+"""
+
+
+def test_a_partial_resumes_in_a_new_process(tmp_path):
+    _, optimizer = trained(structures=(functools.partial(blocks, k=2), "dense"))
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"optimizer": optimizer.state_dict(), "K": dense(optimizer, "0")[0]}, path)
+    subprocess.run(
+        [sys.executable, "-c", RESUME, str(path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        check=True,
+    )
+
+
+def test_a_partial_does_not_load_into_another_one():
+    _, optimizer = trained(structures=(functools.partial(blocks, k=2), "dense"))
+    _, other = trained(structures=(functools.partial(blocks, k=1), "dense"))
+    with pytest.raises(ValueError, match="structures"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_lambda_is_refused_because_nobody_could_tell_it_from_another_one():
+    for make in (lambda n, **kw: Dense.eye(n, **kw), lambda n, **kw: Diagonal.eye(n, **kw)):
+        with pytest.raises(ValueError, match="register_structure"):
+            SINGD(mlp(), **{**FAST, "structures": (make, "dense")})

@@ -1,0 +1,156 @@
+"""The optimizers that are compared. A new one is a line in ``METHODS``.
+
+Each is a function of the model, the learning rate and what SINGD has to be told of the loss. It returns one
+optimizer, or several that step together. The learning rate is the only thing that is tuned; all momenta
+are what the method's authors recommend, and no method decays weights.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from singd import SINGD
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+from contenders import published_singd
+from kfac_textbook import KFAC
+
+PEERS = pathlib.Path(__file__).parents[2] / "build" / "peers"
+Make = Callable[[nn.Module, float, dict[str, Any]], Any]
+
+
+@dataclass
+class Method:
+    """A way to train.
+
+    Attributes:
+        make: From the model, the learning rate and the task's options to one optimizer or several.
+        near: A learning rate from which the search for the best one starts.
+        at: The same for single tasks, by name, where it is known better.
+        default: The learning rate that it has without a word, if it has one.
+    """
+
+    make: Make
+    near: float = 1e-2
+    at: dict[str, float] = field(default_factory=dict)
+    default: float | None = None
+
+
+def split(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> tuple[list, list]:
+    """The parameters that are chosen, and the rest."""
+    everything = list(model.parameters())
+    return [p for p in everything if chosen(p)], [p for p in everything if not chosen(p)]
+
+
+def adamw(params: Iterable[nn.Parameter], lr: float) -> AdamW:
+    return AdamW(params, lr=lr, weight_decay=0.0)
+
+
+def muon(model: nn.Module, lr: float, options: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """torch's Muon takes matrices only; all else, and embeddings, go to AdamW at the same rate."""
+    from torch.optim import Muon
+
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    loose = {
+        id(p)
+        for m in model.modules()
+        for p in m._parameters.values()
+        if "position" in m._parameters
+    }
+    matrices, rest = split(model, lambda p: p.ndim == 2 and id(p) not in tables | loose)
+    same = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    return [Muon(matrices, lr=lr, **same), *([adamw(rest, lr)] if rest else [])]
+
+
+def soap(model: nn.Module, lr: float, options: dict[str, Any]) -> Any:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr=lr, weight_decay=0.0, precondition_frequency=10)
+
+
+def shampoo(model: nn.Module, lr: float, options: dict[str, Any]) -> Any:
+    """The scalable kind, which takes the size of its steps from another optimizer's."""
+    from pytorch_optimizer import ScalableShampoo
+
+    steps = {"start_preconditioning_step": 5, "preconditioning_compute_steps": 10}
+    return ScalableShampoo(model.parameters(), lr=lr, weight_decay=0.0, **steps)
+
+
+def textbook_kfac(damping: float) -> Make:
+    return lambda model, lr, options: KFAC(model, lr=lr, damping=damping, T=5)
+
+
+def published(**settings: Any) -> Make:
+    """The published package; what it leaves out goes to AdamW."""
+
+    def make(model: nn.Module, lr: float, options: dict[str, Any]) -> Any:
+        theirs = published_singd(PEERS)
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        ids = {id(p) for m in layers for p in m.parameters()}
+        mine, rest = split(model, lambda p: id(p) in ids)
+        singd = theirs(model, params=mine, lr=lr, warn_unsupported=False, **{**options, **settings})
+        return [singd, *([AdamW(rest, lr=1e-3, weight_decay=0.0)] if rest else [])]
+
+    return make
+
+
+def singd(**settings: Any) -> Make:
+    """SINGD with some arguments, where a setting is a value or a function of the learning rate."""
+
+    def make(model: nn.Module, lr: float, options: dict[str, Any]) -> SINGD:
+        given = {k: v(lr) if k == "fallback" and callable(v) else v for k, v in settings.items()}
+        return SINGD(model, lr=lr, **{**options, **given})
+
+    return make
+
+
+# what SINGD was without a word in version 0.1, and what it was published with
+FIRST = {
+    "momentum": 0.9,
+    "damping": 1e-3,
+    "alpha1": 0.5,
+    "T": 10,
+    "lr_cov": 1e-2,
+    "normalize_lr_cov": False,
+    "fallback": {"lr": 1e-3},
+}
+FASTER = {**FIRST, "T": 5, "lr_cov": 0.1, "normalize_lr_cov": True}  # the best that we found of it
+THEIRS = {k: v for k, v in FASTER.items() if k != "fallback"}
+DIAGONAL = {"structures": ("diagonal", "diagonal")}
+
+METHODS: dict[str, Method] = {
+    "SGD": Method(
+        lambda m, lr, _: SGD(m.parameters(), lr=lr, momentum=0.9),
+        1e-1,
+        {"autoencoder": 1e-3, "curves": 1e-3},
+    ),
+    "AdamW": Method(
+        lambda m, lr, _: adamw(m.parameters(), lr),
+        3e-3,
+        {"regression": 1e-1},
+        1e-3,
+    ),
+    "Muon": Method(muon, 1e-2, {"regression": 1e-1}, 1e-3),
+    "SOAP": Method(soap, 3e-3, {"regression": 1e-1}, 3e-3),
+    "Shampoo": Method(shampoo, 1e-2, {}, 1e-3),
+    "KFAC": Method(textbook_kfac(1e-2), 1e-3),
+    "published singd": Method(published(**THEIRS), 1e-2, {"autoencoder": 1e-3}, 1e-3),
+    "SINGD 0.1": Method(singd(**FIRST), 1e-2, {"autoencoder": 1e-3}, 1e-3),
+    "SINGD 0.1, faster": Method(singd(**FASTER), 1e-2, {"autoencoder": 1e-3}),
+    "SINGD 0.1, diagonal": Method(singd(**FIRST, **DIAGONAL), 1e-2, {"autoencoder": 1e-3}, 1e-3),
+}
+
+
+def half_decade(lr: float, steps: int = 0) -> float:
+    """The number 1 or 3 times a power of ten that is nearest to ``lr``, and then some half decades on."""
+    k = round(2 * math.log10(lr)) + steps
+    return float(f"{(1 if k % 2 == 0 else 3)}e{k // 2}")

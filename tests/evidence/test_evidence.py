@@ -1,0 +1,164 @@
+"""The harness of `make evidence` runs, searches rates as it says, and counts steps to a target rightly."""
+
+import json
+import math
+import pathlib
+
+import evidence
+import pytest
+import torch
+from methods import METHODS, PEERS, half_decade
+from tasks import SPLITS, TASKS, curves
+from trial import Run, share, train
+
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "_data" / "evidence.json"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_and_measures_splits_of_its_own(name):
+    task = TASKS[name](True)
+    run = train(task, METHODS["AdamW"].make, Run(name, "AdamW", 30, 1e-2, 0), measures=3)
+    assert run.step == [0, 10, 20, 30] and run.seconds == run.at[-1] > 0
+    assert run.final == {s: run.curves[s][-1] for s in SPLITS}
+    assert run.curves["train"][-1] < run.curves["train"][0]
+    held = [id(task.held[s]) for s in SPLITS]
+    assert len(set(held)) == (1 if name == "regression" else 3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_every_kind_of_layer(name):
+    if name == "published singd" and not PEERS.is_dir():
+        pytest.skip("the published package is put into build/peers by make evidence")
+    pytest.importorskip("pytorch_optimizer")
+    task = TASKS["transformer"](True)
+    run = train(task, METHODS[name].make, Run("transformer", name, 3, 1e-3, 0), measures=1)
+    assert run.final and run.final["train"] < 5
+
+
+def test_the_same_seed_gives_the_same_run():
+    task, make = TASKS["CNN"](True), METHODS["SINGD 0.1"].make
+    first, second, other = (train(task, make, Run("CNN", "", 4, 1e-2, s)) for s in (0, 0, 1))
+    assert first.curves == second.curves != other.curves
+
+
+def test_a_run_that_diverges_ends_and_says_so():
+    run = train(
+        TASKS["regression"](True), METHODS["SGD"].make, Run("regression", "SGD", 400, 1e6, 0)
+    )
+    assert run.final == {} and run.step[-1] < 400
+    assert evidence.compared(run) == math.inf
+
+
+def test_the_schedule():
+    shares = [share(t, 400) for t in range(400)]
+    assert shares[0] == 1 / 8 and shares[7:200] == [1] * 193
+    assert shares[300] == 0.5 and shares[399] == 1 / 200
+
+
+def test_half_decades():
+    assert [half_decade(1e-2, k) for k in (-2, -1, 0, 1)] == [1e-3, 3e-3, 1e-2, 3e-2]
+    assert half_decade(0.0031) == 3e-3 and half_decade(3.0, 1) == 10.0
+
+
+@pytest.mark.parametrize("first", [1e-3, 1e-2, 1.0])
+def test_the_search_ends_between_worse_neighbours(first):
+    tried = []
+
+    def work(lr):
+        tried.append(lr)
+        worse = abs(math.log10(lr / 0.03))
+        return Run("", "", 0, lr, 0, final={} if lr > 0.5 else {"validation": worse})
+
+    assert evidence.tune(first, work, 9).lr == 0.03
+    assert {0.01, 0.03, 0.1} <= set(tried) and len(tried) == len(set(tried)) <= 8
+
+
+def test_the_search_stops_after_the_most_rates():
+    tried = []
+    evidence.tune(
+        1e-5, lambda lr: tried.append(lr) or Run("", "", 0, lr, 0, final={"validation": -lr}), 4
+    )
+    assert len(tried) == 4
+
+
+def made(method, lr, seed, values, seconds=1.0):
+    """A run that was measured after 0, 10, 20 ... steps, a second each."""
+    curves = dict.fromkeys(SPLITS, values)
+    steps = [10 * i for i in range(len(values))]
+    final = dict.fromkeys(SPLITS, values[-1]) if values else {}
+    at = [seconds * i for i in range(len(values))]
+    return Run("t", method, 20, lr, seed, 2 * seconds, final, steps, at, curves)
+
+
+def test_the_summary_counts_steps_to_adamws_tuned_value():
+    runs = [
+        made("AdamW", 1e-3, 0, [9, 5, 4]),
+        made("AdamW", 1e-2, 0, [9, 4, 2]),  # the better rate; 3 is the median of its ends
+        made("AdamW", 1e-2, 1, [9, 5, 4]),
+        made("other", 1e-1, 0, [9, 2.5, 1], 3.0),
+        made("lost", 1e-1, 0, []),
+    ]
+    rows = {row["method"]: row for row in evidence.summary(runs)}
+    assert rows["AdamW"]["lr"] == 1e-2 and rows["AdamW"]["train"] == [2, 3, 4]
+    assert (rows["AdamW"]["rates"], rows["AdamW"]["seeds"]) == (2, 2)
+    assert rows["other"]["steps to train target"] == 10
+    assert rows["other"]["seconds to train target"] == 3.0
+    assert rows["lost"]["steps to train target"] is None and rows["lost"]["diverged"] == 1
+    assert "lost" in evidence.table(list(rows.values()))
+
+
+def test_a_run_is_made_once_and_kept(tmp_path, capsys):
+    file, folder = tmp_path / "out.json", tmp_path / "runs"
+    options = [
+        "--quick",
+        "--tasks",
+        "CNN",
+        "--methods",
+        "AdamW",
+        "--folder",
+        str(folder),
+        str(file),
+    ]
+    evidence.main(options)
+    first, paths = file.read_text(), sorted(folder.iterdir())
+    assert len(paths) == 2 and all(p.stat().st_size for p in paths)  # two rates, the default is one
+    for path in paths:
+        path.unlink()
+    evidence.main(options)  # the results know them
+    assert file.read_text() == first and not list(folder.iterdir())
+    found = json.loads(first)
+    assert found["summary"][0]["method"] == "AdamW" and "AdamW" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="choose from SGD"):
+        evidence.main(["--methods", "Adam", str(file)])
+
+
+def test_methods_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from methods import METHODS, Method\nMETHODS = {'mine': METHODS['SGD']}\n")
+    assert list(evidence.more_methods(file)) == ["mine"]
+    with pytest.raises(FileNotFoundError, match="no Python file"):
+        evidence.more_methods(tmp_path / "none.py")
+
+
+def test_curves_are_curves():
+    x = curves(20)
+    assert x.shape == (20, 784) and x.min() >= 0 and x.max() <= 1
+    assert (x.mean(1) > 0.01).all() and (x.mean(1) < 0.3).all()
+
+
+def test_the_committed_results_are_those_of_these_tasks():
+    found = json.loads(RESULTS.read_text())
+    assert {row["task"] for row in found["summary"]} <= set(TASKS)
+    for name, told in found["tasks"].items():
+        task = TASKS[name](False)
+        assert told == {"says": task.says, "unit": task.unit}
+    for row in found["summary"]:
+        assert row["method"] != "AdamW" or row["diverged"] == 0

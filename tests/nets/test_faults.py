@@ -1,0 +1,184 @@
+"""Interrupted at any line, a step has happened or has not, layer by layer, and training goes on."""
+
+import copy
+import io
+
+import pytest
+import torch
+from counting import FUZZ, tried
+from interrupting import interrupted
+from published import FAST
+from torch import nn
+
+from singd import SINGD
+
+F64 = torch.float64
+EVERY = 1 if FUZZ else 9
+"""In the tests every so many lines are interrupted; `make fuzz` does it at each."""
+
+LAYERS = ("0", "3", "5")
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.Flatten(), nn.LayerNorm(9), nn.Linear(9, 4, bias=False), nn.Tanh(),
+        nn.Linear(4, 3),
+    ).to(F64)  # fmt: skip
+    return model, SINGD(model, **{**FAST, "T": 2, "structures": ("block2diagonal", "dense")})
+
+
+def backward(model, step):
+    torch.manual_seed(100 + step)
+    x = torch.randn(6, 2, 4, dtype=F64)
+    nn.functional.cross_entropy(model(x), torch.arange(6) % 3).backward()
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+
+
+def parts(model, optimizer):
+    """The state of each layer's factors, as one comparable value per layer."""
+    found = {}
+    for name in LAYERS:
+        state = optimizer.state.get(model.get_parameter(f"{name}.weight"), {})
+        found[name] = {
+            key: state[key].clone() if torch.is_tensor(state[key]) else state[key]
+            for key in ("step", "last_update", "K", "C", "m_K", "m_C")
+            if key in state
+        }
+    return found
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a
+    )
+
+
+def ready(steps):
+    """A model and its optimizer after some steps; gradients of the next one are there."""
+    model, optimizer = build()
+    train(model, optimizer, range(steps))
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def through_a_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def lines(call_of, start=0):
+    """Interrupt a call at every line that is tried: yields what was copied for it, after the interruption."""
+    at = start
+    while True:
+        case, call = call_of()
+        if not interrupted(call, at):
+            return
+        yield at, case
+        at += EVERY
+
+
+def assert_goes_on(model, optimizer, steps=(7, 8, 9)):
+    saved = through_a_file(optimizer.state_dict())
+    other, fresh = build()
+    other.load_state_dict(model.state_dict())
+    fresh.load_state_dict(saved)
+    for m, o in ((model, optimizer), (other, fresh)):
+        train(m, o, steps)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert p.isfinite().all()
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])  # an update with no state yet, no update, an update
+def test_step(steps):
+    base = ready(steps)
+
+    def with_gradients():
+        model, optimizer = copy.deepcopy(base)
+        backward(model, steps)
+        return model, optimizer
+
+    model, optimizer = with_gradients()
+    before = parts(model, optimizer)
+    optimizer.step()
+    after = parts(model, optimizer)
+
+    def case():
+        pair = with_gradients()
+        return pair, pair[1].step
+
+    count = 0
+    for at, (model, optimizer) in lines(case, start=steps):
+        count += 1
+        now = parts(model, optimizer)
+        for name in LAYERS:
+            assert same(now[name], before[name]) or same(now[name], after[name]), (at, name)
+        if (
+            count % 2
+        ):  # the same gradients once more: what was left undone is done, and nothing twice
+            optimizer.step()
+            done = parts(model, optimizer)
+            assert all(same(done[name], after[name]) for name in LAYERS), at
+        assert_goes_on(model, optimizer)
+    assert count > 20
+    tried("interruptions of step", count)
+
+
+def test_backward():
+    """Where statistics are gathered: the user clears the gradients and begins again."""
+    base = ready(2)
+    model, optimizer = copy.deepcopy(base)
+    train(model, optimizer, range(2, 5))
+    expected = parts(model, optimizer)
+
+    def case():
+        model, optimizer = copy.deepcopy(base)
+        return (model, optimizer), lambda: backward(model, 2)
+
+    count = 0
+    for at, (model, optimizer) in lines(case):
+        count += 1
+        train(model, optimizer, range(2, 5))
+        done = parts(model, optimizer)
+        assert all(same(done[name], expected[name]) for name in LAYERS), at
+        assert_goes_on(model, optimizer)
+    assert count > 5
+    tried("interruptions of backward", count)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_load_state_dict(steps):
+    trained = ready(5)[1]
+    saved = trained.state_dict()
+    base = ready(steps)
+
+    def case():
+        model, optimizer = copy.deepcopy(base)
+        return (model, optimizer), lambda: optimizer.load_state_dict(saved)
+
+    before = parts(*copy.deepcopy(base))
+    model, optimizer = copy.deepcopy(base)
+    optimizer.load_state_dict(saved)
+    after = parts(model, optimizer)
+    count = 0
+    for at, (model, optimizer) in lines(case):
+        count += 1
+        now = parts(model, optimizer)
+        for name in LAYERS:
+            assert same(now[name], before[name]) or same(now[name], after[name]), (at, name)
+        if count % 2:
+            optimizer.load_state_dict(saved)
+            done = parts(model, optimizer)
+            assert all(same(done[name], after[name]) for name in LAYERS), at
+        assert_goes_on(model, optimizer)
+    assert count > 5
+    tried("interruptions of load_state_dict", count)

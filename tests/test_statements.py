@@ -1,0 +1,148 @@
+"""What the documentation says of mathematics that no page of it computes."""
+
+import itertools
+import json
+import pathlib
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from singd import PUBLISHED, SINGD
+
+ROOT = pathlib.Path(__file__).parent.parent
+F64 = torch.float64
+
+
+def random_curvature(n):
+    A = torch.randn(n, 2 * n, dtype=F64)
+    return A @ A.T / (2 * n)
+
+
+# -- docs/concepts.md ----------------------------------------------------------------------------------
+
+
+def kfac(U, G, dW, damping, pi):
+    """The natural gradient with the damping shared out by pi, or with all of it on both sides."""
+    I, J = torch.eye(len(U), dtype=F64), torch.eye(len(G), dtype=F64)
+    if pi:
+        ratio = ((U.trace() / len(U)) / (G.trace() / len(G))).sqrt()
+        left, right = damping**0.5 / ratio, damping**0.5 * ratio
+    else:
+        left = right = damping
+    return torch.linalg.solve(G + left * J, dW) @ torch.linalg.inv(U + right * I)
+
+
+@pytest.mark.parametrize("pi", [False, True])
+def test_kfac_is_invariant_to_moving_scale_between_its_factors_with_pi_only(pi):
+    U, G, dW = random_curvature(4), random_curvature(3), torch.randn(3, 4, dtype=F64)
+    N = kfac(U, G, dW, 0.1, pi)
+    moved = kfac(10 * U, G / 10, dW, 0.1, pi)
+    assert torch.allclose(moved, N, rtol=1e-12) is pi
+
+
+@pytest.mark.parametrize("labels", ["the model's", "the batch's"])
+def test_kfac_is_exact_for_deep_linear_networks_with_the_true_fisher_only(labels):
+    """The square loss's Fisher: g over all unit vectors at the output. The empirical one: g = the residual."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).double()
+    x, y = torch.randn(6, 3, dtype=F64), torch.randn(6, 2, dtype=F64)
+    at_output = {
+        "the model's": torch.eye(2, dtype=F64).expand(
+            6, 2, 2
+        ),  # E[r r^T] = I for labels of unit variance
+        "the batch's": (model(x) - y).detach().unsqueeze(1),
+    }[labels]
+    g = at_output @ model[1].weight.detach()  # at the first layer's output, [6, directions, 4]
+    exact = torch.zeros(12, 12, dtype=F64)
+    for a, rows in zip(x, g, strict=True):
+        for row in rows:
+            gradient = torch.outer(row, a).flatten()
+            exact += torch.outer(gradient, gradient) / len(x)
+    U = x.T @ x / len(x)
+    G = torch.einsum("bdi,bdj->ij", g, g) / len(x)
+    assert torch.allclose(torch.kron(G, U), exact) is (labels == "the model's")
+
+
+def test_the_product_of_a_rounded_factor_is_positive_and_a_rounded_product_need_not_be():
+    torch.manual_seed(0)
+    lowest = []
+    for n, _ in itertools.product((8, 16, 32), range(5)):
+        Q = torch.linalg.qr(torch.randn(n, n, dtype=F64)).Q
+        K = (Q * torch.logspace(0, -3, n, dtype=F64)).bfloat16().double()
+        assert torch.linalg.eigvalsh(K @ K.T)[0] > -1e-14
+        lowest.append(torch.linalg.eigvalsh((K @ K.T).bfloat16().double())[0].item())
+    assert min(lowest) < -1e-5
+    assert min(lowest) > -(2**-8)  # of the largest eigenvalue, which is 1
+
+
+# -- README.md, docs/index.md, docs/install.md ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_lines_to_copy_train_with_factors_that_have_learnt(page):
+    """With factors near the identity they would show SGD."""
+    torch.manual_seed(0)
+    names = {}
+    exec(re.search(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)[1], names)
+    first = names["optimizer"].stats()["0"]
+    assert not 1 / 1.5 < first["trace_K"] < 1.5
+    assert first["cosine"] < 0.9
+
+
+def test_the_extras_that_the_install_page_names_exist():
+    named = re.findall(r'"\.\[([\w,]+)\]"', (ROOT / "docs" / "install.md").read_text())
+    extras = re.search(
+        r"^\[project.optional-dependencies\]\n(.*?)^\[",
+        (ROOT / "pyproject.toml").read_text(),
+        re.M | re.S,
+    )[1]
+    assert named
+    assert {n for names in named for n in names.split(",")} <= set(
+        re.findall(r"^(\w+) = \[", extras, re.M)
+    )
+
+
+# -- docs/comparison.md ----------------------------------------------------------------------------------
+
+
+def test_the_measured_states_are_those_of_the_benchmark():
+    text = " ".join((ROOT / "docs" / "comparison.md").read_text().split())
+    memory = json.loads((ROOT / "docs" / "_data" / "what_it_costs.json").read_text())["memory"]
+    kept = {r["name"]: r["bytes"] for r in memory["kept_on_vit"]}
+    share = {name: bytes / kept["AdamW"] for name, bytes in kept.items()}
+    dense, kfac = share["dense, T=10"], share["textbook KFAC, T=10"]
+    without = share["dense without cache, T=10"]
+    assert (
+        f"is {dense:.1f} times AdamW's with the products, more than a textbook KFAC's {kfac:.1f} times, "
+        f"and {without:.1f} times without them; with diagonal factors it is "
+        f"{share['diagonal, T=10']:.2f} times."
+    ) in text
+
+
+# -- the published values --------------------------------------------------------------------------------
+
+
+def test_the_symbol_table_has_the_published_values():
+    rows = re.findall(
+        r"^\| .* \| `(\w+)` \| ([\d.e-]+) \|$", (ROOT / "docs" / "concepts.md").read_text(), re.M
+    )
+    values = {name: float(value) for name, value in rows}
+    assert values.pop("lr") == 1e-3  # the learning rate is always the user's
+    assert values.pop("momentum_buffer") == 0  # where it starts
+    assert values == {name: PUBLISHED[name] for name in values}
+    assert {"momentum", "weight_decay", "lr_cov", "alpha1", "damping", "T"} <= set(values)
+
+
+def test_kfac_shares_its_damping_out_as_the_concepts_page_says():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False).double()
+    x = torch.randn(8, 4, dtype=F64)
+    optimizer = SINGD(layer, **(PUBLISHED | {"rule": "kfac", "lr": 1.0, "momentum": 0.0}))
+    before = layer.weight.detach().clone()
+    layer(x).square().sum(1).mean().backward()
+    dW = layer.weight.grad.clone()
+    optimizer.step()
+    U, G, *_ = (M.dense() for M in optimizer.factors(layer))
+    torch.testing.assert_close(before - layer.weight.detach(), kfac(U, G, dW, 1e-3, pi=True))
