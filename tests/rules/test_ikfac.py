@@ -10,6 +10,7 @@ from singd.rules import INPUT, OUTPUT, Curvature
 
 DAMPING = 0.1
 PLAIN = {
+    "alpha1": 0.0,
     "relative_damping": False,
     "fast_start": False,
     "scaled_start": False,

@@ -42,7 +42,7 @@ class Whitened(Rule):
         return factors["X"], factors["X"]
 
     def direction(self, prepared, dW, *, overwrite=False):
-        return prepared[0].mm(dW.mT).mT
+        return prepared[0].mm(dW.mT.to(prepared[0].dtype)).mT
 
     def prepare(self, factors, keep):
         return self.sides(factors)
