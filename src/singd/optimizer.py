@@ -340,7 +340,7 @@ class SINGD(torch.optim.Optimizer):
             warnings.warn(
                 "The statistics of a backward pass on sampled labels were cleared, and those of another one are "
                 "used; for the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _lr_covs(self) -> dict[Block, float]:
