@@ -131,7 +131,7 @@ class PatchKind(LayerKind):
     ) -> Rows:
         every = self.patches(layer, x, dtype, output_shape)
         mean = approx == "reduce"
-        rows = DenseRows(kernels.patch_means(every.patches)) if mean else every
+        rows: Rows = DenseRows(kernels.patch_means(every.patches)) if mean else every
         return WithOnes(rows) if bias else rows
 
 

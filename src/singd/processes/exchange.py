@@ -166,11 +166,11 @@ def _from_sums(block: Block, sums: Tensor) -> Statistics:
     once = 1 / world_size() ** 2  # each rank's gradient counts 1/N, and enters squared
     u, g, rows, terms = counts.clone().unbind()
     eye = block.factors.identity
-    H: list[Any] = [
+    H_K, H_C = (
         eye[side].from_flat(flat.to(wide_dtype(eye[side].dtype)))
         for side, flat in ((INPUT, flat_K), (OUTPUT, flat_C * once))
-    ]
-    return Statistics(*H, u, g * once, rows, terms)
+    )
+    return Statistics(H_K, H_C, u, g * once, rows, terms)
 
 
 def _dtype(block: Block) -> torch.dtype:
