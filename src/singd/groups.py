@@ -55,11 +55,12 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
         "nesterov": False,
         "match_rms": None,
         "fallback": ADAMW,
+        "cache_products": True,
     }
 )
 
 OPTIONS = (
-    *(name for name in PUBLISHED if name != "fallback"),
+    *(name for name in PUBLISHED if name not in ("fallback", "cache_products")),
     "lr",
     "kfac_like",
     "preconditioner_dtype",
@@ -99,7 +100,7 @@ def _number(name: str, value: Any, *, below: float = math.inf) -> None:
         value = value.item()  # torch lets a learning rate be a tensor
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {what}, got {value!r}.")
-    if not (math.isfinite(value) and 0 <= value < below):
+    if not (math.isfinite(value) and 0 <= float(value) < below):
         raise ValueError(f"{name} must be {what}, got {value!r}.")
 
 
@@ -237,7 +238,10 @@ def _check_rule(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
         )
-    for spec in resolve(group["structures"]):
+    specs = resolve(group["structures"])
+    if type(rule).refusal is Rule.refusal:
+        return  # it refuses none, so none is made: a user's structure may not exist in size 1
+    for spec in specs:
         works_with = rule.refusal(spec(1, device="meta"))
         if works_with is not None:
             raise ValueError(
@@ -271,10 +275,11 @@ def check_adamw(group: Mapping[str, Any]) -> None:
 
 def check_whole(given: Mapping[str, Any]) -> None:
     """Check the options of the whole optimizer; raises as :func:`check_singd`."""
-    for name in ("cache_products", "shard_factors", "warn_unsupported"):
+    for name in ("shard_factors", "warn_unsupported"):
         _boolean(name, given[name])
-    if given["average_gradients"] is not None:
-        _boolean("average_gradients", given["average_gradients"])
+    for name in ("cache_products", "average_gradients"):
+        if given[name] is not None:
+            _boolean(name, given[name])
     grad_scaler = given["grad_scaler"]
     if grad_scaler is not None and not (
         hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")

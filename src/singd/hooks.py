@@ -136,6 +136,8 @@ class Collector:
         param = layer.weight if isinstance(layer.weight, nn.Parameter) else block.weight
         cleared = param.grad is None and not hasattr(block.weight, "full_tensor")
         stale = cleared and old is not None and old.over and old.backward < new.backward
+        if stale and old is not None:
+            self._cleared[block] = old
         self.statistics[block] = new if old is None or stale else old + new
 
     def _factors(self, block: Block) -> dict[str, StructuredMatrix]:
@@ -188,7 +190,7 @@ class Collector:
                 f"Layer {block.name!r} has a gradient but its forward and backward were not seen, so its "
                 "factors stay as they are; build SINGD before the first call of a compiled model, call the "
                 "layer itself, and let backward() fill in the gradients.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _warn_of_calls(self, block: Block, calls: int) -> None:
@@ -211,7 +213,7 @@ class Collector:
             warnings.warn(
                 f"The factors of layer {block.name!r} would not be finite after this update, so they stay as they "
                 'are; take normalize_lr_cov="spectral", a smaller lr_cov or wider factors (preconditioner_dtype).',
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def warn_of_growth(self, block: Block) -> None:

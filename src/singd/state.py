@@ -102,6 +102,8 @@ class FactorState:
         """
         rounded = {name: A.to(dtype=self.blueprints[name].dtype) for name, A in new.items()}
         tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
+        if not tensors:  # a rule that keeps nothing
+            return rounded
         sums = torch.stack(
             [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
         )
