@@ -48,7 +48,11 @@ class Witness:
         )
         if not plain or weight.is_meta or weight.dtype in (torch.float16, torch.bfloat16):
             return
-        u = torch.randn(block.size[1], PROBES, dtype=weight.dtype, device=weight.device)
+        # of a generator of its own: the user's random numbers stay what they would be without
+        own = torch.Generator(weight.device).manual_seed(0)
+        u = torch.randn(
+            block.size[1], PROBES, dtype=weight.dtype, device=weight.device, generator=own
+        )
         if block.bias is not None:
             u[-1] = 0.0
 
