@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from singd import checkpoint, fisher, groups, plan, report, scaler, torch_private, weight_steps
-from singd.advance import advance, directions
-from singd.blocks import Block, find_blocks, find_slots, gradient_of, replaced_parameters, unwrapped
+from singd.advance import advance, directions, due_steps
+from singd.blocks import Block, find_blocks, find_slots, replaced_parameters, unwrapped
 from singd.hooks import Collector
 from singd.precision import without_autocast
 from singd.processes import collectives, exchange
@@ -65,6 +65,11 @@ class SINGD(torch.optim.Optimizer):
         T: The factors are updated at steps 0, T, 2T, ...; or a callable of the step count that says how many
             steps lie between two updates.
         loss_average: What the loss averages over: None, "batch" or "batch+sequence".
+        batch_first: Whether inputs of linear layers and embeddings are [batch, sequence, ...]; False: [sequence,
+            batch, ...], as ``nn.Transformer`` and recurrent layers have it unless told otherwise.
+        repeated_calls: What several calls of a layer in one forward are: more "examples", or "positions" of the
+            same ones, as in a loop over a sequence. With ``loss_average="batch"`` this decides how large the batch
+            was. None: examples, but a layer that is called more than twice warns.
         lr_cov: Step size on the factors :math:`\beta_1`: a number, or a callable of the step count.
         structures: The structures of K and C: names, or what :func:`~singd.structure` takes.
         kfac_approx: How layers with weight sharing are treated: "expand" or "reduce".
@@ -84,12 +89,15 @@ class SINGD(torch.optim.Optimizer):
             "gradient", before the preconditioner.
         nesterov: Whether the momentum is Nesterov's.
         match_rms: Scale the direction of each parameter to this root mean square, so that learning rates of AdamW
-            carry over; 0.2 is usual. None: as it is.
+            carry over: with 1, a step moves weights by ``lr`` on average. (Muon's 0.2 is for long runs of
+            large models.)
+            None: as it is.
         fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); its lr is that of SINGD
             unless given. None: leave them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
-        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates (T > 1) of all but diagonal and
-            Toeplitz factors: of dense ones, half the cost of a step. It takes half of the factors' memory again.
+        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates of all but diagonal and Toeplitz
+            factors: of dense ones, half the cost of a step, for as much memory as K and C take. None: where
+            they take at most half as much as the weight.
         average_gradients: With several processes: average the gradients over them in ``step``. None: unless
             DistributedDataParallel has done it. (One that is built after SINGD is seen in its forwards, for
             a short message per step.)
@@ -126,23 +134,25 @@ class SINGD(torch.optim.Optimizer):
         preconditioner_dtype: Any = None,
         normalize_lr_cov: bool | str = "spectral",
         *,
+        batch_first: bool = True,
+        repeated_calls: str | None = None,
         rule: Any = "singd",
         relative_damping: bool = True,
         scaled_start: bool = True,
         fast_start: bool = True,
         momentum_on: str = "gradient",
         nesterov: bool = True,
-        match_rms: float | None = 0.2,
+        match_rms: float | None = 1.0,
         fallback: Mapping[str, Any] | None = groups.SAME,
         grad_scaler: torch.amp.GradScaler | None = None,
-        cache_products: bool = True,
+        cache_products: bool | None = None,
         average_gradients: bool | None = None,
         shard_factors: bool = False,
     ):
         given = dict(locals())
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
-        defaults = {name: given[name] for name in groups.OPTIONS}
+        defaults = groups.plain({name: given[name] for name in groups.OPTIONS})
         defaults |= {"algorithm": "singd", "format": groups.FORMAT}
         groups.check_singd(defaults)
         groups.check_whole(given)
@@ -182,7 +192,7 @@ class SINGD(torch.optim.Optimizer):
             ValueError: For an option out of range or a parameter that isn't the model's.
         """
         self._rebind_parameters()
-        group = {**param_group, "params": groups.as_list(param_group["params"])}
+        group = groups.plain({**param_group, "params": groups.as_list(param_group["params"])})
         options = {**self.defaults, **group}
         groups.check_names(group, self.defaults)
         groups.check_algorithm(options["algorithm"])
@@ -192,7 +202,9 @@ class SINGD(torch.optim.Optimizer):
         def joins(weight: nn.Parameter) -> bool:
             return weight in active or weight in self._announced
 
-        new = plan.split(group, options, self._blocks, self._names, joins, self._fallback)
+        new = plan.split(
+            group, options, self._blocks, self._names, self._reasons, joins, self._fallback
+        )
         before = len(self.param_groups)
         try:
             for one in new:
@@ -288,15 +300,20 @@ class SINGD(torch.optim.Optimizer):
                 loss = closure()
         self._rebind_parameters()
         scaler.check(self, self.grad_scaler)
+        groups.check_before_step(self.param_groups)
         groups.check_gradients(self.param_groups, self._names)
         self._check_sampled()
-        lr_covs = self._lr_covs()
+        lr_covs = due_steps(self._blocks, self.state, self._collector)
         fresh = not (self.state or self._collector.heard)
         rehearsal = checkpoint.is_rehearsal(self.param_groups, fresh)
         self._assign()
         statistics = self._collector.statistics
         if collectives.world_size() > 1 and not rehearsal:
-            statistics = self._exchange(lr_covs)
+            params, average = list(self._group_of), self.average_gradients
+            owner, scale = self._ownership.owner, self.grad_scaler
+            statistics = exchange.exchanged(
+                params, lr_covs, statistics, self._collector.ddp, average, owner, scale
+            )
         used = [b for b in self._blocks if b.used]
         with without_autocast(*(block.weight.device for block in used)):
             for block in used:
@@ -306,6 +323,9 @@ class SINGD(torch.optim.Optimizer):
                 )
             of = (used, self.state, self._group_of, self._ownership, self.cache_products, rehearsal)
             weight_steps.sgd_steps(directions(*of), self._group_of, self.state)
+        for block in used:
+            lr = block.group["lr"]
+            block.last_lr = lr.clone() if isinstance(lr, Tensor) else lr
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 params = [p for p in group["params"] if p.grad is not None]
@@ -326,38 +346,6 @@ class SINGD(torch.optim.Optimizer):
                 "used; for the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
                 stacklevel=5,
             )
-
-    def _lr_covs(self) -> dict[Block, float]:
-        """The steps on the factors that are due: a schedule's bad value is seen before anything changes."""
-        found = {}
-        for block in self._blocks:
-            state = self.state.get(block.weight, {})
-            if (
-                block.active
-                and groups.is_due(block.group, state)
-                and self._collector.ready(block, state)
-            ):
-                found[block] = groups.step_size(block.group["lr_cov"], state.get("step", 0))
-        return found
-
-    def _exchange(self, due: Iterable[Block]) -> dict[Block, Any]:
-        """The same gradients on all processes, if nobody averages them; and the sums of their statistics."""
-        to_average: list[nn.Parameter] = []
-        if self.average_gradients is not False:  # (of sharded parameters, FSDP has)
-            params = [
-                p for p in self._group_of if p.requires_grad and not hasattr(p, "full_tensor")
-            ]
-            always = self.average_gradients is True
-            to_average = exchange.to_average(params, self._collector.ddp, always)
-        if to_average:
-            scaler.check_averaging(self.grad_scaler)
-        for p in to_average:  # what one rank has used, all step
-            p.grad = gradient_of(p)
-        blocks = [b for b in due if b.used and b.rule.needs_rows]
-        owners = [self._ownership.owner[b] for b in blocks] if self._ownership.divided else None
-        sums = exchange.Reduction(blocks, self._collector.statistics, owners)
-        exchange.average_gradients(to_average)  # while the sums are on their way
-        return sums.finish()
 
     @property
     def grad_scaler(self) -> Any:
@@ -403,10 +391,12 @@ class SINGD(torch.optim.Optimizer):
             ValueError: If a layer's structures or shapes differ from the checkpoint's, in one sentence
                 that names the layer; nothing is loaded then.
         """
+        checkpoint.check_form(state_dict)
         self._rebind_parameters()
         loaded: dict[str, Any] = {}
 
         def before(_: Any, final: Any) -> dict[str, Any]:  # after all that a user's hooks change
+            checkpoint.check_form(final)
             loaded.update(checkpoint.upgraded(final, self.param_groups, self._active))
             checkpoint.check(self.param_groups, self._active, self._names, loaded)
             return checkpoint.complete(self.param_groups, loaded)
@@ -427,6 +417,7 @@ class SINGD(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+            self._index()  # also where an exception came between torch's loading and ours
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in self.__dict__.items() if name in _COPIED}

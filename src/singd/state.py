@@ -7,7 +7,7 @@ kept between updates, and with ``shard_factors`` what another process handed out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,9 +47,10 @@ class FactorState:
         self, key: Any, identity: Mapping[str, StructuredMatrix], keeps: Mapping[str, str]
     ) -> None:
         """Take blueprints for other structures, sizes or dtypes."""
-        self.key, self.identity = key, dict(identity)
+        self.identity = dict(identity)
         self.blueprints = {name: identity[side] for name, side in keeps.items()}
         self._views, self._prepared = {}, (None, None)
+        self.key = key  # last, so that what an exception left half done is done again
 
     def adopt(self, state: Mapping[str, Any]) -> None:
         """Take the dtypes of factors that were loaded, which another process may keep."""
@@ -114,6 +115,17 @@ class FactorState:
             name: A.map(lambda t, o: torch.where(finite & some, t, o), old[name])
             for name, A in rounded.items()
         }
+
+    def grew(
+        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix], names: Iterable[str]
+    ) -> bool:
+        """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
+        sizes = [
+            (new[n].max_abs(), state[n].abs().amax())
+            for n in names
+            if state[n].device.type == "cpu" and state[n].numel()
+        ]
+        return any(bool(size > 10 * old) for size, old in sizes)
 
     def write(
         self, state: dict[str, Any], new: Mapping[str, StructuredMatrix], **counters: int
