@@ -169,3 +169,17 @@ def test_each_optimizer_and_structure_has_its_colour(page):
             colours = [c for c in colours if isinstance(c, str) and re.fullmatch(r"C\d", c)]
             if name in COLOURS:
                 assert set(colours) <= {COLOURS[name]}, f"{name} is {COLOURS[name]}"
+
+
+def test_a_page_starts_with_the_defaults_of_torch():
+    """All pages are run in one process for the site; what one sets must not reach the next."""
+    import matplotlib as mpl
+    import torch
+
+    spec = importlib.util.spec_from_file_location("style", ROOT / "docs/_ext/gallery_style.py")
+    style = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(style)
+    torch.set_default_dtype(torch.float64)
+    with mpl.rc_context():
+        style.apply({}, "plot_07_without_an_inverse.py")
+    assert torch.get_default_dtype() is torch.float32

@@ -112,6 +112,22 @@ def _height(block: list[Token]) -> float:
     return total
 
 
+def _glued(blocks: list[list[Token]]) -> list[list[Token]]:
+    """A paragraph that ends in the midst of a sentence stays with what it leads to."""
+    result: list[list[Token]] = []
+    for block in blocks:
+        before = result[-1] if result else []
+        words = next((t.content for t in reversed(before) if t.type == "inline"), "")
+        leads = (
+            before and before[-1].type == "paragraph_close" and words.rstrip().endswith((":", ","))
+        )
+        if leads and _height([*before, *block]) <= ROOM:
+            result[-1] = [*before, *block]
+        else:
+            result.append(block)
+    return result
+
+
 def _pieces(block: list[Token]) -> Iterator[list[Token]]:
     """An element that is too long for a slide, cut between paragraphs or items."""
     if _height(block) <= ROOM or block[0].nesting != 1:
@@ -184,7 +200,7 @@ class Deck:
         self.title, self.used = title, ROOM
 
     def add(self, content: str, height: float = ROOM) -> None:
-        if self.used + height > ROOM:
+        if self.used + height > ROOM + 1e-6:
             self.slides.append((self.title, []))
             self.used = 0.0
         self.slides[-1][1].append(content)
@@ -209,7 +225,7 @@ def deck(notebook: nbformat.NotebookNode) -> str:
         tags = cell.metadata.get("tags", [])
         if cell.cell_type == "markdown":
             text = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.S)
-            blocks = list(_blocks(md.parse(text)))
+            blocks = _glued(list(_blocks(md.parse(text))))
             height = sum(map(_height, blocks))
             # A short text below a figure reads it. Any other starts a slide, with what follows it.
             reads = slides.ends_with_figure() and height <= READING

@@ -34,7 +34,7 @@ Only the labels differ, on which :math:`r` depends:
 - **Monte-Carlo Fisher**: one label for each input, drawn from the model.
 - **Empirical Fisher**: the label in the *data*.
 
-The fourth comes from the Hessian. By the chain rule
+The fourth comes from the **Hessian**. By the chain rule
 :math:`\nabla^2_\theta \ell = J^\top H J + \sum_c r_c \nabla^2_\theta f_c` with
 :math:`H = \nabla^2_f \ell`. The **Gauss-Newton matrix** is the mean of its
 first part, :math:`J^\top H J`.

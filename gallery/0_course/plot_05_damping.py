@@ -44,8 +44,8 @@ Damping two factors
 
 The eigenvalues of :math:`G \otimes U` are all products :math:`u g` of theirs.
 Full damping divides by :math:`u g + \lambda`, which is no longer a product, so
-the two inverses of lesson 3 are lost. KFAC damps each factor by
-:math:`\sqrt\lambda`, with a balance :math:`\pi`:
+the two inverses of lesson 3 are lost. **Factored damping** gives each factor
+:math:`\sqrt\lambda`, with a balance :math:`\pi` (1, or **pi-damping**):
 
 .. math::
 
@@ -336,7 +336,8 @@ for pi, method in ((True, with_pi), (False, factored)):
 #            cosine = (N * V[0]).sum() / (N.norm() * V[0].norm())
 #            assert cosine > 0.9999
 #
-# Where to go next: lesson 6 trains with this.
+# Where to go next: :doc:`/interactive` lets you move these filters, and
+# :ref:`sphx_glr_auto_gallery_0_course_plot_06_kfac_from_scratch.py` trains.
 # :ref:`sphx_glr_auto_gallery_2_features_plot_24_mixed_precision.py` needs
 # damping for another reason, rounding. :doc:`/choosing` says which
 # ``damping`` to give :class:`~singd.SINGD`.

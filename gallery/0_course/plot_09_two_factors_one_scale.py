@@ -211,7 +211,7 @@ for name in ("KFAC, no π", "IKFAC"):
 assert gaps["SINGD"][0] < 0.5 * gaps["KFAC"][0] < min(gaps["IKFAC"])
 
 # %%
-# SINGD has to be lowest, since this is what it minimises. Where it stands
+# SINGD is lowest, since this is what it minimises. Where it stands
 # still, :math:`m_K = 0`. Solved for :math:`K K^\top`:
 #
 # .. math::
@@ -277,8 +277,8 @@ for rule, invariant in (("kfac", True), (Kfac(pi=False), False)):
 # --------------------
 #
 # Invariance to this one scale is not invariance to all. The loss times ten,
-# with one :math:`\lambda`, still changes every method's step. And if
-# :math:`\lambda` is next to nothing, all four agree.
+# with one :math:`\lambda`, still changes every method's step. And
+# where :math:`\lambda` is tiny beside all eigenvalues, all four agree.
 #
 # .. admonition:: Lessons learned
 #

@@ -87,8 +87,7 @@ for ax, row in zip(axes[:, 0], rows):
 
 # %%
 # The tridiagonal set is left by the first product, and its inverses are full.
-# The other three are subalgebras. (Toeplitz ones also repeat one number along
-# each diagonal; that is kept, too.)
+# The other three are subalgebras. (Toeplitz ones keep equal diagonals, too.)
 #
 # The projection
 # --------------
@@ -128,7 +127,7 @@ for name, build in registered_structures().items():
 # %%
 # Toeplitz and diagonal structures have no skew members, so their :math:`P` is
 # the only choice. In a dense block, the freedom is a rotation of :math:`K`,
-# which :math:`K K^\top` does not show.
+# which :math:`K K^\top` does not show to first order.
 #
 # From scratch
 # ------------
@@ -226,20 +225,20 @@ _ = axes[0].legend()
 loss = {key: torch.tensor([r[0] for r in rows]) for key, rows in runs.items()}
 ratio = {n: loss[n, "bfloat16"] / loss[n, "float32"] for n in COLOR}
 assert ratio["KFAC"][0] > 10
-assert all((ratio[n].log().abs() < 0.7).all() for n in list(COLOR)[1:3])
+assert all(loss[n, "bfloat16"].max() < 1 for n in list(COLOR)[1:3])
 assert all((ratio[n][2:].log().abs() < 0.3).all() for n in COLOR)
 assert min(loss[n, "bfloat16"].min() for n in COLOR) < 0.04
 assert loss["KFAC", "bfloat16"].argmin() == 2
 dense, blocks, diagonal = (loss[n, "bfloat16"][2] for n in list(COLOR)[:3])
-assert dense < blocks < diagonal
+assert dense < min(blocks, diagonal)
 # sphinx_gallery_end_ignore
 
 # %%
 # From :math:`10^{-4}` on, both panels agree. KFAC is lowest there, and of the
-# structures the one that holds most. With far less damping, KFAC in bfloat16
-# explodes, and dense SINGD suffers. Blocks and the diagonal hardly notice: the
-# eigenvalues of a block lie inside the range of the whole matrix, so rounding
-# has less to destroy.
+# structures the dense one. With far less damping, KFAC in bfloat16 explodes.
+# Dense SINGD suffers (with other seeds, it may explode as well). Blocks and
+# the diagonal still train. One reason: the eigenvalues of a block lie inside
+# the range of the whole matrix, so rounding has less to destroy.
 #
 # What does it cost?
 
@@ -268,15 +267,14 @@ assert kept[1] < 0.15 * kept[0]
 # When not to use this
 # --------------------
 #
-# Where layers have a few hundred inputs, dense factors cost little. Take
-# structures when memory or time is short.
+# Where layers have a few hundred inputs, dense factors cost little.
 #
 # .. admonition:: Lessons learned
 #
 #    - A structure is a subalgebra; inverses come for free.
 #    - :math:`P` fits :math:`M + M^\top`; skew members are left out.
 #    - Structures trade loss for memory.
-#    - In bfloat16, the smaller the damping, the smaller the structure.
+#    - In bfloat16, take enough damping, or a small structure.
 #
 # .. admonition:: Exercise
 #
@@ -301,7 +299,7 @@ assert kept[1] < 0.15 * kept[0]
 #
 # .. dropdown:: Solution
 #
-#    Yes. All are sums of powers of one matrix, the cyclic shift.
+#    Yes: all are sums of powers of the cyclic shift. First rows are convolved.
 #
 #    .. code-block:: python
 #
@@ -312,6 +310,8 @@ assert kept[1] < 0.15 * kept[0]
 #        v, w = torch.randn(2, N, dtype=torch.float64)
 #        for M in (circulant(v) @ circulant(w), circulant(v).inverse()):
 #            torch.testing.assert_close(M, circulant(M[0]))
+#        row = torch.fft.ifft(torch.fft.fft(v) * torch.fft.fft(w)).real
+#        torch.testing.assert_close((circulant(v) @ circulant(w))[0], row)
 #
 # Where to go next: this was the last lesson.
 # :ref:`sphx_glr_auto_gallery_4_structures_plot_42_closure.py` cuts products

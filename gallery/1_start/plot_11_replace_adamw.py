@@ -34,7 +34,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH = 150, 64
 _ = torch.set_num_threads(1)  # the same digits on every machine
@@ -81,12 +81,13 @@ runs = {"AdamW": fit(model, adamw)}
 # Edit 1: the constructor
 # -----------------------
 #
-# ``AdamW(model.parameters(), ...)`` becomes ``SINGD(model, ...)``. It needs
+# ``AdamW(model.parameters(), ...)`` becomes ``SINGD(model, ...)``, here with
+# the published method's arguments, ``PUBLISHED``. It needs
 # the model, because it listens to the inputs of the layers and to their output
 # gradients. The table that it prints says how each parameter is trained.
 
 model = network()
-optimizer = SINGD(model)
+optimizer = SINGD(model, **PUBLISHED)
 print(optimizer)
 runs["1: SINGD(model)"] = fit(model, optimizer)
 
@@ -111,7 +112,8 @@ assert len(optimizer.param_groups[1]["params"]) == 2
 
 model = network()
 fallback = dict(lr=1e-2, weight_decay=0.01)
-optimizer = SINGD(model, lr=1e-2, weight_decay=1e-3, fallback=fallback)
+options = PUBLISHED | dict(lr=1e-2, weight_decay=1e-3, fallback=fallback)
+optimizer = SINGD(model, **options)
 runs["2: + lr"] = fit(model, optimizer)
 
 # %%
@@ -134,10 +136,8 @@ assert stats["cosine"] > 0.99
 # large steps (``lr_cov``), and bound these steps (``normalize_lr_cov``).
 
 model = network()
-factors = dict(T=1, lr_cov=0.2, normalize_lr_cov=True)
-optimizer = SINGD(
-    model, lr=3e-3, weight_decay=1e-3, fallback=fallback, **factors
-)
+options |= dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
+optimizer = SINGD(model, **options)
 runs["3: + factors"] = fit(model, optimizer)
 learnt = optimizer.stats()["0"]
 assert learnt["trace_K"] > 2
@@ -205,7 +205,7 @@ assert diagonal.max() < 1.25 * diagonal.min()
 #    - ``SINGD(model)`` replaces ``AdamW(model.parameters())``.
 #    - All other parameters train with AdamW: set it up with ``fallback``.
 #    - Neither ``lr`` nor ``weight_decay`` carries over; try those of SGD.
-#    - With the defaults, a short run is SGD. Set ``T``, ``lr_cov`` and
+#    - As published, a short run is SGD. Set ``T``, ``lr_cov`` and
 #      ``normalize_lr_cov``.
 #
 # .. admonition:: Exercise
@@ -224,7 +224,7 @@ assert diagonal.max() < 1.25 * diagonal.min()
 #        model = network()
 #        with warnings.catch_warnings(record=True) as caught:
 #            warnings.simplefilter("always")
-#            optimizer = SINGD(model, fallback=None)
+#            optimizer = SINGD(model, **(PUBLISHED | dict(fallback=None)))
 #        assert "1.weight" in str(caught[0].message)
 #        fit(model, optimizer)
 #        assert torch.equal(model[1].weight, torch.ones(64))

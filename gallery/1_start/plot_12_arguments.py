@@ -44,11 +44,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH = 150, 64
-BASE = dict(lr=3e-3, lr_cov=0.2, T=1, normalize_lr_cov=True, damping=1e-3)
-BASE |= dict(momentum=0.9, alpha1=0.5, weight_decay=0.0)  # the defaults
+BASE = PUBLISHED | dict(lr=3e-3, lr_cov=0.2, T=1, normalize_lr_cov=True)
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 data = load_digits()
@@ -300,6 +299,7 @@ assert abs(last(runs["cache_products"]) / last(runs["T", 5]) - 1) < 0.01
 
 others = ["model", "params", "structures", "fallback", "warn_unsupported"]
 others += ["grad_scaler", "average_gradients", "shard_factors"]
+others += [name for name in PUBLISHED if name not in (*SWEEPS, *SWITCHES)]
 assert {*inspect.signature(SINGD).parameters} == {*SWEEPS, *SWITCHES, *others}
 
 # %%

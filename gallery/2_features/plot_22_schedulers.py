@@ -38,10 +38,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH, WARM = 160, 64, 20
-OPTIONS = dict(lr=1e-2, T=1, lr_cov=0.2, normalize_lr_cov=True)
+OPTIONS = PUBLISHED | dict(lr=1e-2, T=1, lr_cov=0.2, normalize_lr_cov=True)
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 data = load_digits()
@@ -53,7 +53,7 @@ def build(**options):
     torch.manual_seed(0)
     layers = [nn.Linear(64, 32), nn.LayerNorm(32), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(32, 10))
-    return model, SINGD(model, **{**OPTIONS, **options})
+    return model, SINGD(model, **(OPTIONS | options))
 
 
 def train(model, optimizer, scheduler=None, start=0, stop=STEPS):

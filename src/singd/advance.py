@@ -58,6 +58,8 @@ def advance(
             new = factors.finite(state, moved, some)
             if new is None:
                 collector.warn_of_overflow(block)
+            elif state["updates"] and factors.grew(state, new, rule.gathers_with):
+                collector.warn_of_growth(block)
         elif kept_here:
             collector.miss(block)
         if not kept_here or curvature is not None or statistics is not None:
@@ -88,7 +90,7 @@ def directions(
     states: States,
     group_of: Mapping[nn.Parameter, dict[str, Any]],
     ownership: Ownership,
-    cache_products: bool,
+    cache_products: bool | None,
     rehearsal: bool,
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The parameters of some layers that have a gradient, each with its direction.
@@ -98,7 +100,7 @@ def directions(
         states: The optimizer's state by parameter.
         group_of: Each parameter's group.
         ownership: Which process keeps which layer.
-        cache_products: Whether products of the factors are kept between updates.
+        cache_products: Whether products of the factors are kept between updates; None: where they are small.
         rehearsal: Whether all gradients are zero, and no factors needed.
     """
     found = _preconditioned(blocks, states, group_of, ownership, cache_products, rehearsal)
@@ -110,12 +112,21 @@ def directions(
                 yield p, placed_like(d.to(p.dtype), p)
 
 
+def keeps_products(block: Block, wanted: bool | None) -> bool:
+    """Whether K K^T and C C^T are kept between updates; None: where they take at most half as much as it."""
+    if wanted is not None:
+        return wanted
+    block.blueprints()
+    numbers = sum(eye.numel for eye in block.factors.identity.values() if eye.numel > eye.n)
+    return 2 * numbers <= block.weight.numel()
+
+
 def _preconditioned(
     blocks: Sequence[Block],
     states: States,
     group_of: Mapping[nn.Parameter, dict[str, Any]],
     ownership: Ownership,
-    cache_products: bool,
+    cache_products: bool | None,
     rehearsal: bool,
 ) -> Iterator[tuple[Block, Tensor | None]]:
     """The preconditioned gradient of each block, [d_o, d_i]; None of one that another rank owns."""
@@ -130,7 +141,7 @@ def _preconditioned(
         elif not ownership.keeps(block):
             yield block, None
         else:
-            keep = cache_products and block.group["T"] != 1
+            keep = block.group["T"] != 1 and keeps_products(block, cache_products)
             state, device = states[block.weight], block.weight.device
             prepared = block.factors.prepared(block.rule, state, keep, device)
             yield block, block.rule.direction(prepared, dW, overwrite=block.bias is not None)

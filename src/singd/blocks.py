@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from singd.groups import dtypes, resolve, rule_of
 from singd.layers import LayerKind, find_kind
+from singd.layers.embedding import SPARSE
 from singd.layers.loose import LooseKind
 from singd.rules import INPUT, OUTPUT, Rule
 from singd.state import FactorState
@@ -35,6 +36,7 @@ class Block:
     group: dict[str, Any] = field(default_factory=dict)  # the param_group of the weight
     active: bool = False  # whether its weight was handed to the optimizer, to be preconditioned
     factors: FactorState = field(default_factory=FactorState)
+    last_lr: Any = None  # of its last step; None where that was not here
     _rule: Any = None  # what the group's rule was resolved to
 
     @property
@@ -110,9 +112,28 @@ class Block:
         )
         key = (*options, weight.dtype, self.bias is None)
         if self.factors.key != key:
+            self._check_change()
             eye = {side: self.identity(side, device="meta") for side in (INPUT, OUTPUT)}
             self.factors.shape_as(key, eye, self.rule.kept(group))
         return self.factors.blueprints
+
+    def _check_change(self) -> None:
+        """Refuse other structures, or to keep something else, where there are numbers of the old kind."""
+        factors = self.factors
+        if not factors.started or factors.key is None:
+            return
+        (before, *_), now = factors.key, self.group["structures"]
+        names = [tuple(s.name for s in resolve(pair)) for pair in (before, now)]
+        if names[0] != names[1]:
+            raise ValueError(
+                f"The structures of layer {self.name!r} cannot change after its first step, from {names[0]} to "
+                f"{names[1]}; build another optimizer."
+            )
+        if set(self.rule.kept(self.group)) != set(factors.blueprints):
+            raise ValueError(
+                f"Layer {self.name!r} keeps {', '.join(factors.blueprints)} since its first step; another rule, "
+                "or alpha1 from or to zero, would keep something else, so build another optimizer."
+            )
 
 
 @dataclass(eq=False)
@@ -203,6 +224,9 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
     Weights tied between layers of one kind make one block; tied between kinds (an embedding and the
     output layer) the roles of the two factors differ, so that no single Kronecker product is right.
     After them come loose matrices, which only a rule without rows can precondition.
+
+    Raises:
+        ValueError: If a layer makes sparse gradients.
     """
     blocks: dict[nn.Parameter, Block] = {}
     reasons: dict[nn.Parameter, str] = {}
@@ -211,6 +235,10 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
         if kind is None:
             continue
         weight, bias = cast(nn.Parameter, module.weight), cast(Any, getattr(module, "bias", None))
+        if getattr(module, "sparse", False):  # neither a factor nor AdamW can use its gradient
+            raise ValueError(
+                f"{module} makes sparse gradients, which SINGD cannot use; choose sparse=False."
+            )
         reason = kind.supports(module)
         if reason is None and not weight.is_floating_point():
             reason = f"its weight is {weight.dtype}"
@@ -253,3 +281,15 @@ def _loose_blocks(model: nn.Module, taken: set[Any]) -> list[Block]:
                 full = f"{name}.{attribute}" if name else attribute
                 found[p] = Block(LooseKind(attribute), [module], [full], p, None)
     return list(found.values())
+
+
+def check_dense(
+    params: Iterable[Any], reasons: Mapping[Any, str], names: Mapping[Any, str]
+) -> None:
+    """Refuse parameters with sparse gradients, which AdamW cannot train either, unless they are frozen."""
+    for p in params:
+        if p.requires_grad and reasons.get(p) == SPARSE:
+            raise ValueError(
+                f"{names[p]!r} gets sparse gradients, which neither SINGD nor AdamW can use; choose sparse=False, "
+                "or hand it to another optimizer (torch.optim.SparseAdam)."
+            )

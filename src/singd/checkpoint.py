@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from singd import groups
 from singd.blocks import Block
+from singd.state import COUNTERS
 from singd.structures import from_recursive_layout
 from singd.torch_private import local_part
 
@@ -38,6 +39,29 @@ def pairs(
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         for index, p in zip(saved["params"], group["params"], strict=True):
             yield p, state_dict["state"].get(index, {}), saved
+
+
+def check_form(state_dict: Any) -> None:
+    """Refuse what is no state dict of an optimizer, or one of a later version.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    form = {"state": Mapping, "param_groups": (list, tuple)}
+    for name, kind in form.items():
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(name), kind):
+            raise ValueError(
+                "A checkpoint must be the state_dict of an optimizer, with 'state' and 'param_groups'; "
+                f"{name!r} is missing."
+            )
+    for saved in state_dict["param_groups"]:
+        if not isinstance(saved, Mapping) or "params" not in saved:
+            raise ValueError(f"A group of the checkpoint has no 'params': {saved!r}.")
+        version = saved.get("format", groups.FORMAT)
+        if not isinstance(version, int) or version > groups.FORMAT:
+            raise ValueError(
+                f"The checkpoint has format {version!r}; this version of singd reads up to {groups.FORMAT}."
+            )
 
 
 def upgraded(
@@ -84,10 +108,6 @@ def check(
             f"The checkpoint has groups of {sizes[1]} parameters, but this optimizer has groups of {sizes[0]}."
         )
     for i, (saved, group) in enumerate(zip(saved_groups, param_groups, strict=True)):
-        if saved.get("format", groups.FORMAT) > groups.FORMAT:
-            raise ValueError(
-                f"The checkpoint has format {saved['format']}; this version of singd reads up to {groups.FORMAT}."
-            )
         if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
             raise ValueError(
                 f"Group {i} of the checkpoint is trained by {saved['algorithm']!r}, "
@@ -99,6 +119,17 @@ def check(
                 _check_tensor(f"{key} of {names[p]!r}", state[key], tuple(p.shape))
         if p in blocks:
             _check_block(blocks[p], state, saved)
+    for saved, group in zip(saved_groups, param_groups, strict=True):
+        _check_options(saved, group)
+
+
+def _check_options(saved: Group, group: Group) -> None:
+    groups.check_names(saved, group)
+    whole = {**group, **saved}
+    try:
+        (groups.check_values if group["algorithm"] == "singd" else groups.check_adamw)(whole)
+    except TypeError as error:
+        raise ValueError(f"An option of the checkpoint has a wrong type: {error}") from error
 
 
 def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
@@ -134,6 +165,12 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
                 f"The checkpoint has {found} for {name} of layer {block.name!r}, which needs {blueprint.numel}."
             )
         _check_tensor(f"{name} of layer {block.name!r}", flat, (blueprint.numel,))
+    for name in COUNTERS if state else ():
+        count = state.get(name)
+        if not isinstance(count, int) or count < (-1 if name == "last_update" else 0):
+            raise ValueError(
+                f"The checkpoint's {name} of layer {block.name!r} must be a count, got {count!r}."
+            )
 
 
 def complete(param_groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, Any]:

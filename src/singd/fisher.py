@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def sample_labels(
         of images and sequences in dimension 1: move them to the end before, ``outputs.movedim(1, -1)``.)
 
     Raises:
-        ValueError: For another likelihood.
+        ValueError: For another likelihood, logits without classes, or a variance that is none.
 
     Example:
         >>> import torch
@@ -49,12 +51,18 @@ def sample_labels(
     if likelihood not in LIKELIHOODS:
         choices = ", ".join(map(repr, LIKELIHOODS))
         raise ValueError(f"likelihood must be one of {choices}, got {likelihood!r}.")
+    if likelihood == "softmax" and (outputs.ndim == 0 or outputs.shape[-1] == 0):
+        raise ValueError(
+            f"outputs must have classes in the last dimension, got shape {tuple(outputs.shape)}."
+        )
+    if not 0 <= variance < math.inf:
+        raise ValueError(f"variance must be a finite number >= 0, got {variance!r}.")
     _draws[0] += 1
     if likelihood == "gaussian":
         noise = torch.randn(
             outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device
         )
         return outputs + variance**0.5 * noise
-    probabilities = outputs.flatten(0, -2).float().softmax(-1)
+    probabilities = outputs.reshape(-1, outputs.shape[-1]).float().softmax(-1)
     classes = torch.multinomial(probabilities, 1, generator=generator)
     return classes.view(outputs.shape[:-1])

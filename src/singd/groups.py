@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -19,6 +19,7 @@ FORMAT = 2  # of a checkpoint; raised when an older version could not read a new
 
 KFAC_APPROX = ("expand", "reduce")
 LOSS_AVERAGE = (None, "batch", "batch+sequence")
+REPEATED_CALLS = (None, "examples", "positions")
 ALGORITHMS = ("singd", "adamw")
 NORMALIZE = (False, True, "spectral")
 MOMENTUM_ON = ("direction", "gradient")
@@ -40,6 +41,8 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
         "weight_decay": 0.0,
         "T": 10,
         "loss_average": "batch",
+        "batch_first": True,
+        "repeated_calls": None,
         "lr_cov": 1e-2,
         "structures": ("dense", "dense"),
         "kfac_approx": "expand",
@@ -52,11 +55,12 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
         "nesterov": False,
         "match_rms": None,
         "fallback": ADAMW,
+        "cache_products": True,
     }
 )
 
 OPTIONS = (
-    *(name for name in PUBLISHED if name != "fallback"),
+    *(name for name in PUBLISHED if name not in ("fallback", "cache_products")),
     "lr",
     "kfac_like",
     "preconditioner_dtype",
@@ -183,6 +187,25 @@ def check_singd(group: Mapping[str, Any]) -> None:
         TypeError: For a value of the wrong type.
         ValueError: For a value out of range; the sentence names the choices.
     """
+    check_values(group)
+    _check_rule(group)
+
+
+def check_counting(group: Mapping[str, Any]) -> None:
+    """Check what a backward pass reads of a group, which a user may have changed; raises as `check_singd`."""
+    _choice("loss_average", group["loss_average"], LOSS_AVERAGE)
+    _choice("kfac_approx", group["kfac_approx"], KFAC_APPROX)
+    _choice("repeated_calls", group["repeated_calls"], REPEATED_CALLS)
+
+
+def check_before_step(param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check what a user may have changed in the groups since they were made; raises as `check_singd`."""
+    for group in param_groups:
+        (check_values if group["algorithm"] == "singd" else check_adamw)(group)
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Check all options but the rule and the structures; raises as `check_singd`."""
     for name in ("lr", "momentum", "damping", "alpha1", "weight_decay"):
         _number(name, group[name])
     _number("alpha1", group["alpha1"], below=1.0)
@@ -194,14 +217,19 @@ def check_singd(group: Mapping[str, Any]) -> None:
         _number("lr_cov", group["lr_cov"])
     if not callable(group["T"]):
         interval(group["T"], 0)
-    _choice("loss_average", group["loss_average"], LOSS_AVERAGE)
-    _choice("kfac_approx", group["kfac_approx"], KFAC_APPROX)
+    check_counting(group)
     _choice("normalize_lr_cov", group["normalize_lr_cov"], NORMALIZE)
     _choice("momentum_on", group["momentum_on"], MOMENTUM_ON)
-    for name in ("kfac_like", "relative_damping", "scaled_start", "fast_start", "nesterov"):
+    for name in (
+        "batch_first",
+        "kfac_like",
+        "relative_damping",
+        "scaled_start",
+        "fast_start",
+        "nesterov",
+    ):
         _boolean(name, group[name])
     dtypes(group["preconditioner_dtype"])
-    _check_rule(group)
 
 
 def _check_rule(group: Mapping[str, Any]) -> None:
@@ -210,7 +238,10 @@ def _check_rule(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
         )
-    for spec in resolve(group["structures"]):
+    specs = resolve(group["structures"])
+    if type(rule).refusal is Rule.refusal:
+        return  # it refuses none, so none is made: a user's structure may not exist in size 1
+    for spec in specs:
         works_with = rule.refusal(spec(1, device="meta"))
         if works_with is not None:
             raise ValueError(
@@ -244,10 +275,11 @@ def check_adamw(group: Mapping[str, Any]) -> None:
 
 def check_whole(given: Mapping[str, Any]) -> None:
     """Check the options of the whole optimizer; raises as :func:`check_singd`."""
-    for name in ("cache_products", "shard_factors", "warn_unsupported"):
+    for name in ("shard_factors", "warn_unsupported"):
         _boolean(name, given[name])
-    if given["average_gradients"] is not None:
-        _boolean("average_gradients", given["average_gradients"])
+    for name in ("cache_products", "average_gradients"):
+        if given[name] is not None:
+            _boolean(name, given[name])
     grad_scaler = given["grad_scaler"]
     if grad_scaler is not None and not (
         hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")
@@ -273,6 +305,19 @@ def check_gradients(param_groups: Any, names: Mapping[Any, str]) -> None:
 def parameter(p: Any) -> Any:
     """The parameter of an entry that may be a (name, parameter) pair, as in torch."""
     return p[1] if isinstance(p, tuple) else p
+
+
+def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with numbers of other libraries, such as numpy's, as Python's own, so that a checkpoint is plain."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(own, value))
+        if type(value) in (bool, int, float) or not isinstance(value, Real):
+            return value
+        return int(value) if isinstance(value, Integral) else float(value)
+
+    return {name: value if name == "params" else own(value) for name, value in group.items()}
 
 
 def as_list(params: Any) -> list[Any]:
@@ -315,8 +360,9 @@ def fallback_options(
     unknown = [name for name in fallback if name not in ADAMW]
     if unknown:
         raise ValueError(f"Unknown fallback option {unknown[0]!r}; choose from {', '.join(ADAMW)}.")
-    check_adamw({**ADAMW, **fallback})
-    return {**ADAMW, "lr": lr, **fallback}
+    options = plain({**ADAMW, "lr": lr, **fallback})
+    check_adamw(options)
+    return options
 
 
 def fallback_group(group: Mapping[str, Any], fallback: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -331,6 +377,14 @@ def fallback_group(group: Mapping[str, Any], fallback: Mapping[str, Any] | None)
     adam = {**(ADAMW if fallback is None else fallback), **own, "algorithm": "adamw"}
     check_adamw(adam)
     return {**group, **adam}
+
+
+def first_beta(group: Mapping[str, Any]) -> float:
+    """AdamW's first beta: that of the group, unless a schedule cycles the momentum of all groups.
+
+    OneCycleLR and CyclicLR ask the whole optimizer which of both it has, and note the largest in each group.
+    """
+    return group["momentum"] if "max_momentum" in group else group["betas"][0]
 
 
 def saved_rule(group: Mapping[str, Any]) -> str:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from singd import torch_private
 from singd.blocks import Block
-from singd.groups import is_due
+from singd.groups import check_counting, is_due
 from singd.precision import accumulation_dtype, without_autocast
 from singd.processes.ddp import DDPDetector
 from singd.rules import INPUT, OUTPUT
 from singd.statistics import Statistics, gathered
 from singd.structures import StructuredMatrix
+from singd.witness import Witness
 
 
 class Collector:
@@ -52,7 +53,9 @@ class Collector:
         self._cleared: dict[Block, Statistics] = {}
         self._attempt: dict[Block, int] = {}
         self._overflowed: set[Block] = set()
+        self._called: set[Block] = set()
         self._told = False
+        self.witness = Witness()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
 
@@ -98,7 +101,11 @@ class Collector:
         if not self.collecting or self.due(layer) is None:  # (perhaps since a step came in between)
             return
         group, kind = block.group, block.kind
+        check_counting(group)
+        if not group["batch_first"] and kind.takes_sequences and g.ndim > 2:
+            x, g = x.transpose(0, 1), g.transpose(0, 1)
         with without_autocast(g.device):
+            self.witness.gathers(block, layer, x, g)
             if self.grad_scaler is not None and self.grad_scaler.is_enabled():
                 scale = self.grad_scaler.scale(torch.ones((), device=g.device))
                 g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
@@ -119,12 +126,18 @@ class Collector:
         new.backward = torch_private.backward_number()
         torch_private.after_backward(lambda: setattr(new, "over", True))
         old = self.statistics.get(block)
+        if old is not None and not old.over and old.backward == new.backward:
+            positions = group["repeated_calls"] == "positions" and group["loss_average"] == "batch"
+            new.follows(old, positions)
+            self._warn_of_calls(block, new.calls)
         self.heard.add(block)
         # gradients that were cleared (by the model's zero_grad) took their statistics with them
         # (a weight may have been replaced in the model, or be computed from the parameter)
         param = layer.weight if isinstance(layer.weight, nn.Parameter) else block.weight
         cleared = param.grad is None and not hasattr(block.weight, "full_tensor")
         stale = cleared and old is not None and old.over and old.backward < new.backward
+        if stale and old is not None:
+            self._cleared[block] = old
         self.statistics[block] = new if old is None or stale else old + new
 
     def _factors(self, block: Block) -> dict[str, StructuredMatrix]:
@@ -177,7 +190,20 @@ class Collector:
                 f"Layer {block.name!r} has a gradient but its forward and backward were not seen, so its "
                 "factors stay as they are; build SINGD before the first call of a compiled model, call the "
                 "layer itself, and let backward() fill in the gradients.",
-                stacklevel=5,
+                stacklevel=6,
+            )
+
+    def _warn_of_calls(self, block: Block, calls: int) -> None:
+        """Warn once of a layer whose batch may be counted once per call; twice is too common, and no loop."""
+        group = block.group
+        unsaid = group["repeated_calls"] is None and group["loss_average"] == "batch"
+        if calls > 2 and unsaid and block not in self._called:
+            self._called.add(block)
+            warnings.warn(
+                f"Layer {block.name!r} is called more than twice in a forward, and each call is counted as more "
+                'examples; say repeated_calls="examples" if so, or "positions" if the loss averages over the '
+                "batch of one call.",
+                stacklevel=2,
             )
 
     def warn_of_overflow(self, block: Block) -> None:
@@ -187,6 +213,17 @@ class Collector:
             warnings.warn(
                 f"The factors of layer {block.name!r} would not be finite after this update, so they stay as they "
                 'are; take normalize_lr_cov="spectral", a smaller lr_cov or wider factors (preconditioner_dtype).',
+                stacklevel=6,
+            )
+
+    def warn_of_growth(self, block: Block) -> None:
+        """Warn once of a block whose factors grew so much that the weights may be spoilt."""
+        if block not in self._overflowed:
+            self._overflowed.add(block)
+            warnings.warn(
+                f"The factors of layer {block.name!r} grew more than tenfold in one update, as after a loss that "
+                'is far too large, and can spoil its weights; take normalize_lr_cov="spectral" or a smaller '
+                "lr_cov, and go back to a checkpoint.",
                 stacklevel=5,
             )
 
@@ -215,7 +252,7 @@ class Watch:
         )  # takes any arguments, returns None, needs no singd
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return nullcontext().__exit__
+        return Leaving()
 
     @torch.compiler.disable
     def __call__(
@@ -234,7 +271,8 @@ class Watch:
             or torch_private.in_functorch()
         ):
             return
-        x = block.kind.input(args, kwargs)
+        x = strided(block.kind.input(args, kwargs))
+        collector.witness.awaits(block, layer)
         if x.is_floating_point():
             # Under autocast the output is of a lower precision, and so is the input that the layer saw: a copy of
             # that is smaller, and unharmed if x changes in place.
@@ -252,15 +290,36 @@ class Watch:
             if hasattr(weight, "full_tensor"):  # FSDP gathers the weight only now
                 borrowed, adds = False, torch_private.accumulator(now)
             if not borrowed and not kept.released and torch_private.runs(adds):
-                collector.gather(block, layer, kept(), g.detach())
+                collector.gather(block, layer, kept(), strided(g.detach()))
             kept.release()
 
         output.register_hook(hook)
 
 
+class Leaving:
+    """What a copy of a model has in the place of our hook: it takes itself off when the layer is called."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")  # as of Watch
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        hooks = torch_private.forward_hooks(layer)
+        for key in [k for k, hook in hooks.items() if hook is self]:
+            del hooks[key]
+
+
+def strided(t: Tensor) -> Tensor:
+    """A sparse tensor with its zeros, and a jagged one as all its rows; else the tensor itself."""
+    if t.is_nested:
+        return t.values()
+    return t if t.layout == torch.strided else t.to_dense()
+
+
 def _sleeps(hook: Any) -> bool:
     """Whether a hook is what a copy of ours became."""
-    return isinstance(hook, types.MethodType) and isinstance(hook.__self__, nullcontext)
+    return isinstance(hook, Leaving) or (
+        isinstance(hook, types.MethodType) and isinstance(hook.__self__, nullcontext)
+    )
 
 
 def _remove(handles: list[Any]) -> None:

@@ -65,6 +65,11 @@ class SINGD(torch.optim.Optimizer):
         T: The factors are updated at steps 0, T, 2T, ...; or a callable of the step count that says how many
             steps lie between two updates.
         loss_average: What the loss averages over: None, "batch" or "batch+sequence".
+        batch_first: Whether inputs of linear layers and embeddings are [batch, sequence, ...]; False: [sequence,
+            batch, ...], as ``nn.Transformer`` and recurrent layers have it unless told otherwise.
+        repeated_calls: What several calls of a layer in one forward are: more "examples", or "positions" of the
+            same ones, as in a loop over a sequence. With ``loss_average="batch"`` this decides how large the batch
+            was. None: examples, but a layer that is called more than twice warns.
         lr_cov: Step size on the factors :math:`\beta_1`: a number, or a callable of the step count.
         structures: The structures of K and C: names, or what :func:`~singd.structure` takes.
         kfac_approx: How layers with weight sharing are treated: "expand" or "reduce".
@@ -84,12 +89,15 @@ class SINGD(torch.optim.Optimizer):
             "gradient", before the preconditioner.
         nesterov: Whether the momentum is Nesterov's.
         match_rms: Scale the direction of each parameter to this root mean square, so that learning rates of AdamW
-            carry over; 0.2 is usual. None: as it is.
+            carry over: with 1, a step moves weights by ``lr`` on average. (Muon's 0.2 is for long runs of
+            large models.)
+            None: as it is.
         fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); its lr is that of SINGD
             unless given. None: leave them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
-        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates (T > 1) of all but diagonal and
-            Toeplitz factors: of dense ones, half the cost of a step. It takes half of the factors' memory again.
+        cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates of all but diagonal and Toeplitz
+            factors: of dense ones, half the cost of a step, for as much memory as K and C take. None: where
+            they take at most half as much as the weight.
         average_gradients: With several processes: average the gradients over them in ``step``. None: unless
             DistributedDataParallel has done it. (One that is built after SINGD is seen in its forwards, for
             a short message per step.)
@@ -126,23 +134,25 @@ class SINGD(torch.optim.Optimizer):
         preconditioner_dtype: Any = None,
         normalize_lr_cov: bool | str = "spectral",
         *,
+        batch_first: bool = True,
+        repeated_calls: str | None = None,
         rule: Any = "singd",
         relative_damping: bool = True,
         scaled_start: bool = True,
         fast_start: bool = True,
         momentum_on: str = "gradient",
         nesterov: bool = True,
-        match_rms: float | None = 0.2,
+        match_rms: float | None = 1.0,
         fallback: Mapping[str, Any] | None = groups.SAME,
         grad_scaler: torch.amp.GradScaler | None = None,
-        cache_products: bool = True,
+        cache_products: bool | None = None,
         average_gradients: bool | None = None,
         shard_factors: bool = False,
     ):
         given = dict(locals())
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}.")
-        defaults = {name: given[name] for name in groups.OPTIONS}
+        defaults = groups.plain({name: given[name] for name in groups.OPTIONS})
         defaults |= {"algorithm": "singd", "format": groups.FORMAT}
         groups.check_singd(defaults)
         groups.check_whole(given)
@@ -182,7 +192,7 @@ class SINGD(torch.optim.Optimizer):
             ValueError: For an option out of range or a parameter that isn't the model's.
         """
         self._rebind_parameters()
-        group = {**param_group, "params": groups.as_list(param_group["params"])}
+        group = groups.plain({**param_group, "params": groups.as_list(param_group["params"])})
         options = {**self.defaults, **group}
         groups.check_names(group, self.defaults)
         groups.check_algorithm(options["algorithm"])
@@ -192,7 +202,9 @@ class SINGD(torch.optim.Optimizer):
         def joins(weight: nn.Parameter) -> bool:
             return weight in active or weight in self._announced
 
-        new = plan.split(group, options, self._blocks, self._names, joins, self._fallback)
+        new = plan.split(
+            group, options, self._blocks, self._names, self._reasons, joins, self._fallback
+        )
         before = len(self.param_groups)
         try:
             for one in new:
@@ -288,6 +300,7 @@ class SINGD(torch.optim.Optimizer):
                 loss = closure()
         self._rebind_parameters()
         scaler.check(self, self.grad_scaler)
+        groups.check_before_step(self.param_groups)
         groups.check_gradients(self.param_groups, self._names)
         self._check_sampled()
         lr_covs = self._lr_covs()
@@ -306,6 +319,9 @@ class SINGD(torch.optim.Optimizer):
                 )
             of = (used, self.state, self._group_of, self._ownership, self.cache_products, rehearsal)
             weight_steps.sgd_steps(directions(*of), self._group_of, self.state)
+        for block in used:
+            lr = block.group["lr"]
+            block.last_lr = lr.clone() if isinstance(lr, Tensor) else lr
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 params = [p for p in group["params"] if p.grad is not None]
@@ -324,7 +340,7 @@ class SINGD(torch.optim.Optimizer):
             warnings.warn(
                 "The statistics of a backward pass on sampled labels were cleared, and those of another one are "
                 "used; for the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _lr_covs(self) -> dict[Block, float]:
@@ -403,10 +419,12 @@ class SINGD(torch.optim.Optimizer):
             ValueError: If a layer's structures or shapes differ from the checkpoint's, in one sentence
                 that names the layer; nothing is loaded then.
         """
+        checkpoint.check_form(state_dict)
         self._rebind_parameters()
         loaded: dict[str, Any] = {}
 
         def before(_: Any, final: Any) -> dict[str, Any]:  # after all that a user's hooks change
+            checkpoint.check_form(final)
             loaded.update(checkpoint.upgraded(final, self.param_groups, self._active))
             checkpoint.check(self.param_groups, self._active, self._names, loaded)
             return checkpoint.complete(self.param_groups, loaded)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from singd import groups
-from singd.blocks import Block
+from singd.blocks import Block, check_dense
 
 
 def trainable(
@@ -50,6 +50,7 @@ def split(
     options: Mapping[str, Any],
     blocks: Sequence[Block],
     names: Mapping[nn.Parameter, str],
+    reasons: Mapping[nn.Parameter, str],
     joins: Callable[[nn.Parameter], bool],
     fallback: Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
@@ -62,6 +63,7 @@ def split(
         options: The same, completed.
         blocks: What can be preconditioned.
         names: Of the model's parameters.
+        reasons: Why some of them cannot be preconditioned.
         joins: Whether a weight is preconditioned, or will be by another group that is being added.
         fallback: AdamW's options; None if it is switched off.
 
@@ -77,9 +79,10 @@ def split(
             )
     ours: set[Any] = set()
     for block in blocks if algorithm == "singd" else ():
+        trains = block.weight.requires_grad  # else its bias has nothing to be a column of
         if block.weight in params and block.works_with(groups.rule_of(options)):
-            ours |= {block.weight, block.own_bias}
-        elif block.own_bias in params and joins(block.weight):
+            ours |= {block.weight, block.own_bias} if trains else {block.weight}
+        elif trains and block.own_bias in params and joins(block.weight):
             if block.factors.started:
                 raise ValueError(
                     f"The bias of layer {block.name!r} can't join its matrix after the first step; "
@@ -87,6 +90,7 @@ def split(
                 )
             ours.add(block.own_bias)
     rest = [p for p in group["params"] if groups.parameter(p) not in ours]
+    check_dense(map(groups.parameter, rest), reasons, names)
     if rest and fallback is None and algorithm != "adamw":
         left = ", ".join(names[groups.parameter(p)] for p in rest)
         raise ValueError(

@@ -7,7 +7,7 @@ kept between updates, and with ``shard_factors`` what another process handed out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -101,6 +101,8 @@ class FactorState:
         """
         rounded = {name: A.to(dtype=self.blueprints[name].dtype) for name, A in new.items()}
         tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
+        if not tensors:  # a rule that keeps nothing
+            return rounded
         sums = torch.stack(
             [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
         )
@@ -112,6 +114,17 @@ class FactorState:
             name: A.map(lambda t, o: torch.where(finite & some, t, o), old[name])
             for name, A in rounded.items()
         }
+
+    def grew(
+        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix], names: Iterable[str]
+    ) -> bool:
+        """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
+        sizes = [
+            (new[n].max_abs(), state[n].abs().amax())
+            for n in names
+            if state[n].device.type == "cpu" and state[n].numel()
+        ]
+        return any(bool(size > 10 * old) for size, old in sizes)
 
     def write(
         self, state: dict[str, Any], new: Mapping[str, StructuredMatrix], **counters: int

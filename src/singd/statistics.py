@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Statistics:
         rows: How many rows A had, a 0-d tensor.
         terms: How many loss terms the loss averaged over (1 if it did not), a 0-d tensor.
         backward: The number of the backward pass that added last.
+        calls: How many calls of the layer added in that pass.
+        most: The most terms of one of them.
         over: Whether that pass has ended.
     """
 
@@ -39,6 +41,8 @@ class Statistics:
     terms: Tensor
     backward: int = -1
     over: bool = False
+    calls: int = 1
+    most: Tensor | float = 0.0
 
     def normalised(self, averaged: bool = True) -> tuple[Curvature, Tensor | bool]:
         """Means over rows, the averaging of the loss undone, and whether there was anything.
@@ -59,7 +63,21 @@ class Statistics:
             for old, more in ((self.H_K, new.H_K), (self.H_C, new.H_C))
         )
         numbers = (getattr(self, n) + getattr(new, n) for n in ("u", "g", "rows", "terms"))
-        return Statistics(H_K, H_C, *numbers, new.backward)
+        return replace(
+            new, H_K=H_K, H_C=H_C, **dict(zip(("u", "g", "rows", "terms"), numbers, strict=True))
+        )
+
+    def follows(self, old: Statistics, positions: bool) -> None:
+        """Be those of one more call in the pass that added to the old ones last.
+
+        Args:
+            old: The statistics that these are added to.
+            positions: Whether both calls are positions of the same examples, whose batch is counted once.
+        """
+        self.calls = old.calls + 1
+        if positions:
+            most = torch.maximum(torch.as_tensor(old.most), self.terms)
+            self.terms, self.most = most - old.most, most
 
 
 def gathered(
@@ -95,4 +113,5 @@ def gathered(
         for t in (*H_K.tensors(), *H_C.tensors(), *traces):
             t.masked_fill_(~finite, 0.0)
     seen = finite.to(wide)
-    return Statistics(H_K, H_C, *traces, seen * a.count, seen * (terms if a.count else 0))
+    counted = seen * (terms if a.count else 0)
+    return Statistics(H_K, H_C, *traces, seen * a.count, counted, most=counted)

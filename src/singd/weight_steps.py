@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from singd.groups import first_beta
 from singd.precision import accumulation_dtype, wide_dtype
 
 TOGETHER = 2**16
@@ -156,7 +157,7 @@ def adamw_step(
         or None,
         has_complex=any(p.is_complex() for p in params),
         amsgrad=False,
-        beta1=group["betas"][0],
+        beta1=first_beta(group),
         beta2=group["betas"][1],
         lr=group["lr"],
         weight_decay=group["weight_decay"],

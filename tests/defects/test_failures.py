@@ -156,13 +156,15 @@ def all_finite(optimizer):
 def test_a_float16_factor_never_becomes_infinite():
     """Its momentum would pass 65,504, the largest number of the format."""
     model = nn.Sequential(nn.Linear(5, 3))
-    optimizer = SINGD(model, **{**FAST, "lr": 1e-6}, preconditioner_dtype=torch.float16)
+    optimizer = SINGD(
+        model, **{**FAST, "lr": 1e-6}, kfac_like=True, preconditioner_dtype=torch.float16
+    )
     x = 500 * torch.randn(16, 5)
 
     def run():
         for _ in range(3):
             optimizer.zero_grad()
-            model(x).square().mean().backward()
+            (1e-6 * model(x).square().mean()).backward()
             optimizer.step()
 
     with pytest.warns(UserWarning, match="layer '0'") as told:

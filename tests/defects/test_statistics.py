@@ -164,9 +164,8 @@ def test_a_layer_that_is_seen_in_part_is_named_once(forward):
 
 def test_inputs_with_the_batch_second_are_counted_by_their_batch():
     """[S, B, d], as ``nn.Transformer`` and recurrent layers have it by default."""
-    model, optimizer, twin, other = pair(
-        lambda layer, x: layer(x.transpose(0, 1)), batch_first=False
-    )
+    model, _, twin, other = pair(lambda layer, x: layer(x.transpose(0, 1)))
+    optimizer = SINGD(model, **{**FAST, "batch_first": False})
     x = torch.randn(4, 7, 5, dtype=F64)  # [B, S, d]
     one_step(model, optimizer, x, loss=lambda y: y.square().sum((0, 2)).mean())
     one_step(twin, other, x, loss=lambda y: y.square().sum((1, 2)).mean())

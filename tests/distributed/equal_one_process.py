@@ -31,7 +31,7 @@ def loss_of(output, target, average):
 
 
 def run(name, wrapper, shares, parts=1, shard_factors=False, **options):
-    """Train both; return the largest difference of a weight, and of K of the last layer."""
+    """Train both; return the largest difference of a weight, and of what is kept of the last layer's inputs."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = sum(shares)
     average = options.get("loss_average", "batch")
@@ -71,7 +71,7 @@ def run(name, wrapper, shares, parts=1, shard_factors=False, **options):
     )
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     twins = [m for m in twin.modules() if isinstance(m, nn.Linear)]
-    K, K_alone = optimizer.factors(layers[-1]).K.dense(), alone.factors(twins[-1]).K.dense()
+    K, K_alone = (o.factors(m)[0].dense() for o, m in ((optimizer, layers[-1]), (alone, twins[-1])))
     assert not torch.allclose(K, torch.eye(len(K)).to(K), atol=1e-3)
     return max(difference.item(), (K - K_alone).abs().max().item())
 
@@ -86,8 +86,21 @@ def alone_step(optimizer, model, batches, average):
     collectives.world_size = world_size
 
 
+def rules(shares):
+    """What differs between the rules: where statistics come from, and what is kept of them."""
+    for wrapper in ("ddp", "none"):
+        for parts, T in ((1, 1), (2, 3)):
+            yield dict(name="shared", wrapper=wrapper, shares=shares, parts=parts, T=T, rule="kfac")
+            yield dict(name="cnn", wrapper=wrapper, shares=shares, parts=parts, T=T, rule="shampoo")
+    both = ("block2diagonal", "diagonal")
+    yield dict(name="mlp", wrapper="ddp", shares=shares, T=2, rule="kfac", structures=both)
+    yield dict(name="mlp", wrapper="none", shares=shares, T=2, rule="shampoo", structures=both)
+    yield dict(name="mlp", wrapper="ddp", shares=shares, T=2, rule="ikfac")
+
+
 def cases():
     equal, unequal = (4, 4), (2, 6)
+    yield from rules(unequal)
     for name, wrapper in itertools.product(MODELS, ("ddp", "ddp afterwards", "none")):
         yield dict(name=name, wrapper=wrapper, shares=unequal, T=1)
     for structure in registered_structures():

@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from equal_one_process import LR, a_layer_that_one_rank_does_not_use, run
+from equal_one_process import LR, a_layer_that_one_rank_does_not_use, rules, run
 from fully_sharded import run as run_fully_sharded
 from leaving import leave
 from models import MODELS, model_and_batches
@@ -40,6 +40,8 @@ def cases():
             run,
             dict(name=name, wrapper="ddp", shares=shares, parts=2, T=1, loss_average=average),
         )
+    for case in rules(shares):
+        yield run, case
     for name, first, T in itertools.product(MODELS, ("optimizer", "shards"), (1, 3)):
         yield run_fully_sharded, dict(name=name, first=first, T=T, norm=name == "mlp")
 
@@ -122,9 +124,9 @@ def groups_that_are_added_later():
 
 def checkpoints_hold_everything():
     """The state dict is that of an unshared run, on every rank, and goes into runs of either kind."""
-    for steps in (0, 3, 4):
-        _, _, plain, _ = trained(steps)
-        model, network, optimizer, batches = trained(steps, shard_factors=True)
+    for steps, rule in ((0, "singd"), (3, "singd"), (4, "singd"), (3, "kfac"), (4, "shampoo")):
+        _, _, plain, _ = trained(steps, rule=rule)
+        model, network, optimizer, batches = trained(steps, rule=rule, shard_factors=True)
         saved = optimizer.state_dict()
         assert_equal(saved["state"], plain.state_dict()["state"])
         file = io.BytesIO()
@@ -133,7 +135,7 @@ def checkpoints_hold_everything():
         loaded = torch.load(file, weights_only=True)
         go_on(network, optimizer, batches[steps:])
         for shard in (False, True):
-            other, other_network, resumed, _ = trained(2, shard_factors=shard)
+            other, other_network, resumed, _ = trained(2, rule=rule, shard_factors=shard)
             other.load_state_dict(loaded["model"])
             resumed.load_state_dict(loaded["optimizer"])
             assert_equal(resumed.state_dict()["state"], loaded["optimizer"]["state"], atol=0.0)

@@ -22,12 +22,22 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = {
-    "a transpose dropped": Mutation("structures/dense.py", "", ""),
-    "a factor of two lost": Mutation("rules/singd.py", "", ""),
-    "the factors' traces exchanged": Mutation("rules/singd.py", "", ""),
-    "a product in the other order": Mutation("rules/singd.py", "", ""),
-    "the momentum not decayed": Mutation("rules/singd.py", "", ""),
-    "the loss's average not undone": Mutation("statistics.py", "", ""),
+    "a transpose dropped": Mutation(
+        "structures/dense.py",
+        "def gram(self) -> Dense:\n        return Dense(matmul_symmetric(self.a.T, self.a))",
+        "def gram(self) -> Dense:\n        return Dense(matmul_symmetric(self.a, self.a.T))",
+    ),
+    "a factor of two lost": Mutation(
+        "rules/singd.py", "if normalize else 0.5", "if normalize else 1.0"
+    ),
+    "the factors' traces exchanged": Mutation(
+        "rules/singd.py", "add_(H_K, half * tr_H_C)", "add_(H_K, half * tr_H_K)"
+    ),
+    "a product in the other order": Mutation("rules/singd.py", "(K @ m_K)", "(m_K @ K)"),
+    "a momentum that does not decay": Mutation("rules/singd.py", "(m_C * alpha1)", "(m_C * 1.0)"),
+    "the loss's average not undone": Mutation(
+        "statistics.py", "self.H_C * terms", "self.H_C * one"
+    ),
 }
 
 

@@ -16,9 +16,10 @@ def test_killed_and_resumed(tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     print("seed", seed)
     source, loops = HERE.parent.parent / "src", HERE.parent / "models_and_loops"
+    paths = [source, HERE.parent, loops]
     run = subprocess.run(
         [sys.executable, str(HERE / "kill_and_resume.py"), str(tmp_path), str(KILLS), str(seed)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(loops)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
     )

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import pytest
 import torch
 from counting import FUZZ, drawing, tried
 from hypothesis import strategies as st
@@ -53,6 +54,10 @@ def models(draw):
         if draw(st.booleans()):
             parts.append(nn.LayerNorm(width))
     return nn.Sequential(*parts, nn.Linear(width, 3, draw(st.booleans()))).to(F64)
+
+
+# a run that diverges is compared until it does
+pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer")
 
 
 class Boom(Exception):
@@ -247,7 +252,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_an_option(self, data):
-        name = data.draw(st.sampled_from(sorted(OPTIONS.keys() - {"kfac_like"})))  # another rule
+        name = data.draw(st.sampled_from(sorted(OPTIONS.keys() - {"kfac_like", "alpha1"})))
         value = data.draw(OPTIONS[name])
         for group in self.optimizer.param_groups:
             if group["algorithm"] == "singd":

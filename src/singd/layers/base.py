@@ -28,6 +28,9 @@ class LayerKind(ABC):
     input_structure: str | None = None
     """The name of the only structure that the input factor K may have, if there is only one."""
 
+    takes_sequences: bool = False
+    """Whether inputs may be sequences, whose second dimension may be the batch (``batch_first=False``)."""
+
     input_name: str = "input"
     """The name of the first argument of the layer's `forward`."""
 

@@ -9,6 +9,9 @@ from torch import Size, Tensor, nn
 from singd.layers.base import Approx, LayerKind
 from singd.rows import DenseRows, Rows
 
+SPARSE = "sparse gradients"
+"""Why an embedding with ``sparse=True`` is not preconditioned."""
+
 
 class OneHotRows(Rows):
     """One row per token: the unit vector of its index, or zero for `skip`.
@@ -42,6 +45,14 @@ class OneHotRows(Rows):
     def matrix(self) -> Tensor:
         return self._without_skip(F.one_hot(self._tokens, self.width).to(self._dtype))
 
+    def mm(self, Y: Tensor) -> Tensor:
+        rows = Y[self._tokens]
+        return (
+            rows
+            if self._skip is None
+            else rows.masked_fill((self._tokens == self._skip)[:, None], 0)
+        )
+
     def _without_skip(self, t: Tensor) -> Tensor:
         """Zero the skipped column of t [..., V], in place."""
         if self._skip is not None:
@@ -60,10 +71,11 @@ class EmbeddingKind(LayerKind):
     """
 
     input_structure = "diagonal"
+    takes_sequences = True
 
     def supports(self, layer: nn.Embedding) -> str | None:
         if layer.sparse:
-            return "sparse gradients"
+            return SPARSE
         if layer.scale_grad_by_freq:
             return "scale_grad_by_freq=True"
         return super().supports(layer)

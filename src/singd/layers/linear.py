@@ -10,6 +10,8 @@ from singd.layers.base import LayerKind
 class LinearKind(LayerKind):
     """`nn.Linear` on [d], [B, d] or [B, ..., d]: all between batch and features are positions."""
 
+    takes_sequences = True
+
     def inputs(self, layer: nn.Linear, x: Tensor) -> Tensor:
         return _positions_in_the_middle(x)
 

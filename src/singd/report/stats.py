@@ -48,7 +48,7 @@ def stats(
         for key, matrix in factors.items():
             line["norm_" + key] = float(matrix.norm())
             line["trace_" + key] = float(matrix.average_trace())
-        line["update_ratio"] = _update_ratio(block.params, states, group_of)
+        line["update_ratio"] = _update_ratio(block, states, group_of)
         line["cosine"] = _cosine(block, factors)
         line["age"] = (
             state["step"] - 1 - state["last_update"] if state["last_update"] >= 0 else math.inf
@@ -59,16 +59,19 @@ def stats(
 
 
 def _update_ratio(
-    params: Sequence[Any],
+    block: Block,
     states: Mapping[Any, Mapping[str, Any]],
     group_of: Mapping[Any, Mapping[str, Any]],
 ) -> float:
     updates, weights = [], []
-    for p in params:
+    for p in block.params:
         buffer = states.get(p, {}).get("momentum_buffer")
         if buffer is None:
             return math.nan
-        updates.append(float(group_of[p]["lr"]) * float(whole(buffer).norm()))
+        lr = (
+            group_of[p]["lr"] if block.last_lr is None else block.last_lr
+        )  # (a schedule sets the next one)
+        updates.append(float(lr) * float(whole(buffer).norm()))
         weights.append(float(whole(p).norm()))
     return math.hypot(*updates) / max(math.hypot(*weights), 1e-300)
 

@@ -7,6 +7,7 @@ arXiv:1503.05671 (section 6.3 on pi); Grosse and Martens, arXiv:1602.01407, for 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,15 +68,16 @@ class Kfac(Rule):
         U = (factors["U"] * (1 - beta)).add_(curvature.H_K, beta)
         G = (factors["G"] * (1 - beta)).add_(curvature.H_C, beta)
         u, g = U.average_trace(), G.average_trace()
-        tiny = torch.finfo(u.dtype).tiny
-        pi = (u.clamp(min=tiny) / g.clamp(min=tiny)).sqrt() if self.pi else 1.0
-        root = (options["damping"] * (u * g if options["relative_damping"] else u * 0 + 1)).sqrt()
-        return {
-            "U": U,
-            "G": G,
-            "U_inv": self.damped_inverse(U, pi * root),
-            "G_inv": self.damped_inverse(G, root / pi),
-        }
+        some, one = u * g > 0, torch.ones_like(u)
+        pi = torch.where(some, u / g, one).sqrt() if self.pi else one
+        root = (options["damping"] * (u * g if options["relative_damping"] else one)).sqrt()
+        U_inv, G_inv = self.damped_inverse(U, pi * root), self.damped_inverse(G, root / pi)
+        if options["relative_damping"]:  # no curvature, no damping: the inverses stay
+            U_inv, G_inv = (
+                A.map(partial(torch.where, some), factors[name])
+                for name, A in (("U_inv", U_inv), ("G_inv", G_inv))
+            )
+        return {"U": U, "G": G, "U_inv": U_inv, "G_inv": G_inv}
 
     def damped_inverse(self, A: StructuredMatrix, shift: Tensor) -> StructuredMatrix:
         """(A + shift I)^-1, block by block where A consists of blocks, in A's dtype."""
@@ -102,4 +104,8 @@ class Kfac(Rule):
 
 def _inverse(t: Tensor) -> Tensor:
     """Of a diagonal [n], or of positive definite matrices [..., n, n]; nan of others, without waiting."""
-    return 1 / t if t.ndim == 1 else torch.cholesky_inverse(torch.linalg.cholesky_ex(t)[0])
+    if t.ndim == 1:
+        return 1 / t
+    # what is left of a matrix that is not positive definite would pass for a factor
+    L, failed = torch.linalg.cholesky_ex(t)
+    return torch.cholesky_inverse(L.masked_fill(failed[..., None, None] > 0, torch.nan))

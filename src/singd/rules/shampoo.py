@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from singd.precision import wide_dtype
 from singd.rows import DenseRows
 from singd.rules.base import Curvature, Factors
 from singd.rules.singd import Singd
@@ -36,7 +37,7 @@ class Shampoo(Singd):
         right = K.tmm(dW.mT.to(K.dtype)).to(C.dtype)  # K^T dW^T, d_i rows for C
         H_K = K.project_congruence(DenseRows(left)).mul_(1 / d_o)
         H_C = C.project_congruence(DenseRows(right)).mul_(1 / d_i)
-        return Curvature(H_K, H_C, dW.float().square().mean(), 1.0)
+        return Curvature(H_K, H_C, dW.to(wide_dtype(dW.dtype)).square().mean(), 1.0)
 
     def momenta(
         self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]

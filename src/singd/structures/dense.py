@@ -59,9 +59,6 @@ class Dense(StructuredMatrix):
     def gram(self) -> Dense:
         return Dense(matmul_symmetric(self.a.T, self.a))
 
-    def cogram(self) -> Dense:
-        return Dense(matmul_symmetric(self.a, self.a.T))
-
     def project_congruence(self, rows: Rows) -> Dense:
         # Rows first takes m n^2 more multiplications, R^T R first n^3 (with halves).
         if rows.count <= self.n:

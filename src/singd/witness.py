@@ -1,0 +1,89 @@
+"""Whether the calls of a layer that hooks see make up the gradient of its weight.
+
+Where they do not, the weight is also used by other means (``F.linear``, or the layer's ``forward`` itself), and
+the statistics are those of a part. In the first backward pass through each layer this is looked at once, by the
+law that the gradient is the sum of g a^T over all rows: both sides are multiplied by some random vectors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singd import torch_private
+from singd.blocks import Block
+
+PROBES = 8
+"""How many random vectors the law is looked at with: one may be blind to what is missing."""
+
+TOLERANCE = 0.1
+"""The largest relative difference that is taken for rounding, or for a penalty on the weights beside the loss."""
+
+
+class Witness:
+    """What hooks saw in the first backward pass through each layer, and the gradient that it should make up."""
+
+    def __init__(self) -> None:
+        self._looked: set[Block] = set()  # once is enough, also where nothing can be said
+        self._waits: dict[
+            Block, tuple[Tensor, Any]
+        ] = {}  # random vectors, and the handle of the weight's hook
+        self._seen: dict[
+            Block, tuple[int, Tensor]
+        ] = {}  # the backward pass, and the sum of g (a u)
+
+    def awaits(self, block: Block, layer: nn.Module) -> None:
+        """Before the first backward through a block: have a look at the gradient of its weight in it."""
+        if block in self._looked:
+            return
+        self._looked.add(block)
+        weight: Any = layer.weight
+        plain = (
+            weight.is_leaf
+            and not hasattr(weight, "full_tensor")
+            and getattr(layer, "groups", 1) == 1
+        )
+        if not plain or weight.is_meta or weight.dtype in (torch.float16, torch.bfloat16):
+            return
+        u = torch.randn(block.size[1], PROBES, dtype=weight.dtype, device=weight.device)
+        if block.bias is not None:
+            u[-1] = 0.0
+
+        @torch.utils.hooks.unserializable_hook
+        def compare(gradient: Tensor) -> None:
+            if block in self._seen:
+                self._compare(block, layer, gradient)
+
+        self._waits[block] = u, weight.register_hook(compare)
+
+    def gathers(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
+        """Add the rows of one call in a backward pass."""
+        if block not in self._waits:
+            return
+        u, _ = self._waits[block]
+        rows: dict[str, Any] = dict(approx="expand", dtype=u.dtype)
+        a = block.kind.input_rows(
+            layer, x, bias=block.bias is not None, output_shape=g.shape, **rows
+        ).mm(u)
+        total = block.kind.grad_rows(layer, g, x, **rows).tmm(a)
+        number, before = self._seen.get(block, (-1, total))
+        now = torch_private.backward_number()
+        self._seen[block] = now, before + total if number == now else total
+
+    @torch.no_grad()
+    def _compare(self, block: Block, layer: nn.Module, gradient: Tensor) -> None:
+        u, handle = self._waits.pop(block)
+        handle.remove()
+        _, seen = self._seen.pop(block)
+        matrix = block.kind.weight_to_matrix(layer, gradient)
+        whole = matrix.to(u.dtype) @ u[: matrix.shape[1]]
+        size = torch.maximum(whole.norm(), seen.norm())
+        if bool((whole - seen).norm() > TOLERANCE * size):  # (a comparison with nan is false)
+            warnings.warn(
+                f"Layer {block.name!r} is seen in part: its weight gets gradients that its calls do not make up, "
+                "so its factors are those of its calls only; call the layer itself wherever its weight is used.",
+                stacklevel=2,
+            )
