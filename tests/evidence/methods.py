@@ -139,9 +139,10 @@ METHODS: dict[str, Method] = {
     "SINGD 0.1, diagonal": Method(
         singd(**PUBLISHED | both("diagonal")), 1e-2, {"autoencoder": 1e-3}, 1e-3
     ),
-    "SINGD": Method(singd(), 1e-2, {"regression": 3e-1}, 1e-3),
-    "SINGD, dense": Method(singd(**both("dense")), 1e-2, {"regression": 1.0}, 1e-3),
-    "SINGD, diagonal": Method(singd(**both("diagonal")), 1e-2, {"regression": 3e-1}, 1e-3),
+    "SINGD": Method(singd(), 3e-3, {"regression": 3e-1}, 1e-3),
+    "SINGD, dense": Method(singd(**both("dense")), 3e-3, {"regression": 3e-1}, 1e-3),
+    "SINGD, diagonal": Method(singd(**both("diagonal")), 3e-3, {"regression": 3e-1}, 1e-3),
+    "SINGD, match_rms 0.2": Method(singd(match_rms=0.2), 1e-2, {"regression": 1.0}),
 }
 
 
