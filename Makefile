@@ -7,7 +7,7 @@ COSTS = docs/_data/what_it_costs.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence fuzz clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence fuzz gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,10 @@ tests: .venv/ready ## Run the tests, on all cores
 
 fuzz: .venv/ready ## Run the nets on 10,000 random examples, and write what they tried into the docs
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/nets/figures.py 10000 $(SEED)
+
+gpu: .venv/ready ## Run what must hold on a GPU, where there is one
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then $(BIN)/pytest -m gpu tests/gpu; else echo "There is no GPU here that torch can use; nothing was run."; fi
 
 gallery: .venv/ready ## Run every notebook of the gallery and compare its outputs
 	@$(BIN)/python tools/notebooks.py check

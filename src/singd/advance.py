@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from singd import weight_steps
 from singd.blocks import Block, gradient_of
+from singd.groups import is_due, step_size
 from singd.hooks import Collector
 from singd.processes.collectives import placed_like, whole_vectors
 from singd.processes.ownership import Ownership
@@ -16,6 +17,18 @@ from singd.rules import INPUT, OUTPUT, Curvature
 from singd.statistics import Statistics
 
 States = Mapping[Any, dict[str, Any]]
+
+
+def due_steps(
+    blocks: Sequence[Block], states: Mapping[Any, Mapping[str, Any]], collector: Collector
+) -> dict[Block, float]:
+    """The steps on the factors that are due: a schedule's bad value is seen before anything changes."""
+    found = {}
+    for block in blocks:
+        state = states.get(block.weight, {})
+        if block.active and is_due(block.group, state) and collector.ready(block, state):
+            found[block] = step_size(block.group["lr_cov"], state.get("step", 0))
+    return found
 
 
 def advance(

@@ -47,7 +47,7 @@ def check_form(state_dict: Any) -> None:
     Raises:
         ValueError: In one sentence.
     """
-    form = {"state": Mapping, "param_groups": (list, tuple)}
+    form: dict[str, Any] = {"state": Mapping, "param_groups": (list, tuple)}
     for name, kind in form.items():
         if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(name), kind):
             raise ValueError(

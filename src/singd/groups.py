@@ -100,7 +100,7 @@ def _number(name: str, value: Any, *, below: float = math.inf) -> None:
         value = value.item()  # torch lets a learning rate be a tensor
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {what}, got {value!r}.")
-    if not (math.isfinite(value) and 0 <= value < below):
+    if not (math.isfinite(value) and 0 <= float(value) < below):
         raise ValueError(f"{name} must be {what}, got {value!r}.")
 
 

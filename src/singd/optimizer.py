@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from singd import checkpoint, fisher, groups, plan, report, scaler, torch_private, weight_steps
-from singd.advance import advance, directions
-from singd.blocks import Block, find_blocks, find_slots, gradient_of, replaced_parameters, unwrapped
+from singd.advance import advance, directions, due_steps
+from singd.blocks import Block, find_blocks, find_slots, replaced_parameters, unwrapped
 from singd.hooks import Collector
 from singd.precision import without_autocast
 from singd.processes import collectives, exchange
@@ -303,13 +303,17 @@ class SINGD(torch.optim.Optimizer):
         groups.check_before_step(self.param_groups)
         groups.check_gradients(self.param_groups, self._names)
         self._check_sampled()
-        lr_covs = self._lr_covs()
+        lr_covs = due_steps(self._blocks, self.state, self._collector)
         fresh = not (self.state or self._collector.heard)
         rehearsal = checkpoint.is_rehearsal(self.param_groups, fresh)
         self._assign()
         statistics = self._collector.statistics
         if collectives.world_size() > 1 and not rehearsal:
-            statistics = self._exchange(lr_covs)
+            params, average = list(self._group_of), self.average_gradients
+            owner, scale = self._ownership.owner, self.grad_scaler
+            statistics = exchange.exchanged(
+                params, lr_covs, statistics, self._collector.ddp, average, owner, scale
+            )
         used = [b for b in self._blocks if b.used]
         with without_autocast(*(block.weight.device for block in used)):
             for block in used:
@@ -342,38 +346,6 @@ class SINGD(torch.optim.Optimizer):
                 "used; for the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
                 stacklevel=5,
             )
-
-    def _lr_covs(self) -> dict[Block, float]:
-        """The steps on the factors that are due: a schedule's bad value is seen before anything changes."""
-        found = {}
-        for block in self._blocks:
-            state = self.state.get(block.weight, {})
-            if (
-                block.active
-                and groups.is_due(block.group, state)
-                and self._collector.ready(block, state)
-            ):
-                found[block] = groups.step_size(block.group["lr_cov"], state.get("step", 0))
-        return found
-
-    def _exchange(self, due: Iterable[Block]) -> dict[Block, Any]:
-        """The same gradients on all processes, if nobody averages them; and the sums of their statistics."""
-        to_average: list[nn.Parameter] = []
-        if self.average_gradients is not False:  # (of sharded parameters, FSDP has)
-            params = [
-                p for p in self._group_of if p.requires_grad and not hasattr(p, "full_tensor")
-            ]
-            always = self.average_gradients is True
-            to_average = exchange.to_average(params, self._collector.ddp, always)
-        if to_average:
-            scaler.check_averaging(self.grad_scaler)
-        for p in to_average:  # what one rank has used, all step
-            p.grad = gradient_of(p)
-        blocks = [b for b in due if b.used and b.rule.needs_rows]
-        owners = [self._ownership.owner[b] for b in blocks] if self._ownership.divided else None
-        sums = exchange.Reduction(blocks, self._collector.statistics, owners)
-        exchange.average_gradients(to_average)  # while the sums are on their way
-        return sums.finish()
 
     @property
     def grad_scaler(self) -> Any:
@@ -445,6 +417,7 @@ class SINGD(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+            self._index()  # also where an exception came between torch's loading and ours
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in self.__dict__.items() if name in _COPIED}

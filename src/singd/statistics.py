@@ -114,4 +114,5 @@ def gathered(
             t.masked_fill_(~finite, 0.0)
     seen = finite.to(wide)
     counted = seen * (terms if a.count else 0)
-    return Statistics(H_K, H_C, *traces, seen * a.count, counted, most=counted)
+    u, g_trace = traces
+    return Statistics(H_K, H_C, u, g_trace, seen * a.count, counted, most=counted)

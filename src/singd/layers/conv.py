@@ -129,9 +129,9 @@ class PatchKind(LayerKind):
         dtype: torch.dtype,
         output_shape: Size | None = None,
     ) -> Rows:
-        rows = self.patches(layer, x, dtype, output_shape)
-        if approx == "reduce":
-            rows = DenseRows(kernels.patch_means(rows.patches))
+        every = self.patches(layer, x, dtype, output_shape)
+        mean = approx == "reduce"
+        rows: Rows = DenseRows(kernels.patch_means(every.patches)) if mean else every
         return WithOnes(rows) if bias else rows
 
 

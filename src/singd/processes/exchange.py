@@ -6,7 +6,7 @@ of the ranks' losses, as in DistributedDataParallel: a gradient that a rank sees
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -19,10 +19,45 @@ from singd.precision import wide_dtype
 from singd.processes.collectives import Layout, rank, telling_of_lost_ranks, world_size
 from singd.processes.ddp import DDPDetector
 from singd.rules import INPUT, OUTPUT
+from singd.scaler import check_averaging
 from singd.statistics import Statistics
 from singd.torch_private import reduce_scatter
 
 COUNTS = ("u", "g", "rows", "terms")
+
+
+def exchanged(
+    params: Sequence[nn.Parameter],
+    due: Iterable[Block],
+    statistics: Mapping[Block, Statistics],
+    ddp: DDPDetector,
+    average: bool | None,
+    owner: Mapping[Block, int],
+    grad_scaler: Any,
+) -> dict[Block, Statistics]:
+    """Give all processes the same gradients, if nobody averages them; and return the sums of their statistics.
+
+    Args:
+        params: All that are trained.
+        due: The blocks whose factors are due.
+        statistics: What this rank gathered.
+        ddp: What ran this rank's forwards.
+        average: Whether to average gradients; None: unless a wrapper has done it.
+        owner: The rank that keeps each block; empty if all do.
+        grad_scaler: What scales the loss, or None.
+    """
+    wanted: list[nn.Parameter] = []
+    if average is not False:  # (of sharded parameters, FSDP has)
+        whole = [p for p in params if p.requires_grad and not hasattr(p, "full_tensor")]
+        wanted = to_average(whole, ddp, average is True)
+    if wanted:
+        check_averaging(grad_scaler)
+    for p in wanted:  # what one rank has used, all step
+        p.grad = gradient_of(p)
+    blocks = [b for b in due if b.used and b.rule.needs_rows]
+    sums = Reduction(blocks, statistics, [owner[b] for b in blocks] if owner else None)
+    average_gradients(wanted)  # while the sums are on their way
+    return sums.finish()
 
 
 def to_average(
@@ -131,11 +166,11 @@ def _from_sums(block: Block, sums: Tensor) -> Statistics:
     once = 1 / world_size() ** 2  # each rank's gradient counts 1/N, and enters squared
     u, g, rows, terms = counts.clone().unbind()
     eye = block.factors.identity
-    H: list[Any] = [
+    H_K, H_C = (
         eye[side].from_flat(flat.to(wide_dtype(eye[side].dtype)))
         for side, flat in ((INPUT, flat_K), (OUTPUT, flat_C * once))
-    ]
-    return Statistics(*H, u, g * once, rows, terms)
+    )
+    return Statistics(H_K, H_C, u, g * once, rows, terms)
 
 
 def _dtype(block: Block) -> torch.dtype:

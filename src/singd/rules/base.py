@@ -122,7 +122,8 @@ class Rule(ABC):
             dW: The gradient as a matrix, ``[d_o, d_i]``, of any dtype.
             overwrite: Whether ``dW`` is not needed any more, so that its memory may be used.
         """
-        return natural_gradient(*prepared, dW, overwrite=overwrite)
+        K, C = prepared
+        return natural_gradient(K, C, dW, overwrite=overwrite)
 
 
 def natural_gradient(

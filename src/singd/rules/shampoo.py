@@ -27,7 +27,7 @@ class Shampoo(Singd):
 
     name = "shampoo"
     needs_rows = False
-    gathers_with = ()
+    gathers_with: tuple[str, ...] = ()
 
     def gradient_curvature(self, factors: Factors, dW: Tensor) -> Curvature:
         """P(K^T dW^T C C^T dW K) / d_o and P(C^T dW K K^T dW^T C) / d_i; u g is the mean square of dW."""

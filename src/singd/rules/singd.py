@@ -80,7 +80,7 @@ class Singd(Rule):
 
     name = "singd"
     keeps = {"K": INPUT, "C": OUTPUT, "m_K": INPUT, "m_C": OUTPUT}
-    gathers_with = ("K", "C")
+    gathers_with: tuple[str, ...] = ("K", "C")
 
     def kept(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """Without momentum, the momenta need not be kept."""

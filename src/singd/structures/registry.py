@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -46,17 +46,19 @@ class StructureSpec:
 class Family:
     """Structures with sizes in their name, such as ``block30diagonal``."""
 
-    pattern: StructureSpec  # its name and words have a {} for each size, its make takes them
     shown: tuple[tuple[int, ...], ...]  # the sizes of the members that are listed
+    pattern: str  # "block{}diagonal"
+    make: Callable[..., Make]  # of the sizes
+    words: tuple[str, str, str, str]  # members (with a {} for each size), projection, numbers, cost
 
     def of(self, *sizes: int) -> StructureSpec:
-        name, words = self.pattern.name.format(*sizes), self.pattern.members.format(*sizes)
+        name, (members, *formulas) = self.pattern.format(*sizes), self.words
         if min(sizes) < 1:
             raise ValueError(f"The sizes in {name!r} must be at least 1.")
-        return replace(self.pattern, name=name, make=self.pattern.make(*sizes), members=words)  # type: ignore[arg-type]
+        return StructureSpec(name, self.make(*sizes), members.format(*sizes), *formulas)
 
     def parse(self, name: str) -> StructureSpec | None:
-        match = re.fullmatch(self.pattern.name.replace("{}", r"(\d+)"), name)
+        match = re.fullmatch(self.pattern.replace("{}", r"(\d+)"), name)
         return self.of(*map(int, match.groups())) if match else None
 
 
@@ -80,21 +82,21 @@ _LOWER_LAST = r"\operatorname{diag} N_{11},\; 2 N_{21},\; N_{22}"
 _UPPER_LAST = r"\operatorname{diag} N_{11},\; 2 N_{12},\; N_{22}"
 
 # fmt: off
-FAMILIES = tuple(Family(StructureSpec(*words), shown) for shown, *words in (
-    (((30,), (3,)), "block{}diagonal", lambda k: partial(BlockDiagonal.eye, k=k),
-     "dense {0} x {0} blocks on the diagonal", _BLOCKS, "k d", "k d"),
-    (((15, 15), (3, 2)), "hierarchical{}_{}", _bordered(False, "first", "last"),
-     "dense corners of {} and {}, joined by borders and a diagonal",
-     _CORNERS, "(k_1 + k_2 + 1) d", "(k_1 + k_2) d"),
-    (((4,),), "trilrank{}first", _bordered(True, "first"),
-     "lower triangular: dense block of {} first, its border, a diagonal", _LOWER_FIRST, *_RANK_K),
-    (((4,),), "triurank{}first", _bordered(False, "first"),
-     "upper triangular: dense block of {} first, its border, a diagonal", _UPPER_FIRST, *_RANK_K),
-    (((4,),), "trilrank{}last", _bordered(False, "last"),
-     "lower triangular: a diagonal, then a border and a dense block of {}", _LOWER_LAST, *_RANK_K),
-    (((4,),), "triurank{}last", _bordered(True, "last"),
-     "upper triangular: a diagonal, then a border and a dense block of {}", _UPPER_LAST, *_RANK_K),
-))
+FAMILIES = (
+    Family(((30,), (3,)), "block{}diagonal", lambda k: partial(BlockDiagonal.eye, k=k),
+           ("dense {0} x {0} blocks on the diagonal", _BLOCKS, "k d", "k d")),
+    Family(((15, 15), (3, 2)), "hierarchical{}_{}", _bordered(False, "first", "last"),
+           ("dense corners of {} and {}, joined by borders and a diagonal",
+            _CORNERS, "(k_1 + k_2 + 1) d", "(k_1 + k_2) d")),
+    Family(((4,),), "trilrank{}first", _bordered(True, "first"),
+           ("lower triangular: dense block of {} first, its border, a diagonal", _LOWER_FIRST, *_RANK_K)),
+    Family(((4,),), "triurank{}first", _bordered(False, "first"),
+           ("upper triangular: dense block of {} first, its border, a diagonal", _UPPER_FIRST, *_RANK_K)),
+    Family(((4,),), "trilrank{}last", _bordered(False, "last"),
+           ("lower triangular: a diagonal, then a border and a dense block of {}", _LOWER_LAST, *_RANK_K)),
+    Family(((4,),), "triurank{}last", _bordered(True, "last"),
+           ("upper triangular: a diagonal, then a border and a dense block of {}", _UPPER_LAST, *_RANK_K)),
+)
 _REGISTRY: dict[str, StructureSpec] = {s.name: s for s in (
     StructureSpec("dense", Dense.eye, "all matrices", "N", "d^2", "d^2"),
     StructureSpec("diagonal", Diagonal.eye, "diagonal matrices", r"\operatorname{diag}(N)", "d", "d"),
@@ -131,7 +133,7 @@ def structure(spec: Any) -> StructureSpec:
         raise TypeError(f"A structure must be a name, a class or a function of n, got {spec!r}.")
     known = _REGISTRY.get(spec) or _sized(spec)
     if known is None:
-        patterns = [family.pattern.name.format("K", "K") for family in FAMILIES]
+        patterns = [family.pattern.format("K", "K") for family in FAMILIES]
         choices = ", ".join([name for name in _REGISTRY if not re.search(r"\d", name)] + patterns)
         raise ValueError(
             f"Unknown structure {spec!r}; choose from {choices} (K is a size of your choice)."
