@@ -82,12 +82,11 @@ rows = {
 
 
 def draw(ax, task, name, against):
-    row = rows[task, name]
     runs = [
         r
         for r in results["runs"]
         if (r["task"], r["method"], r["steps"]) == (task, name, STEPS)
-        and r["lr"] == row["lr"]
+        and r["lr"] == rows[task, name]["lr"]
     ]
     values = torch.tensor([r["curves"]["train"] for r in runs])
     x = torch.tensor([r[against] for r in runs], dtype=torch.float)
@@ -111,16 +110,18 @@ for against, label in {"step": "step", "at": "CPU seconds"}.items():
     axes.flat[5].legend(loc="center")
 
 # %%
-# Per step SINGD's curve ends below AdamW's on the four networks. Per second
+# Per step the dotted curve ends below AdamW's on the four networks. Per second
 # the gap closes on the CNN, whose layers are so small that calls are what
-# costs. On the regression the default, in blue, hardly moves.
+# costs. On the regression blocks, in blue, hardly move.
 #
 # Wins and losses
 # ---------------
 #
 # The share of AdamW's 400 steps, and of its seconds, that each needed to get
-# to where AdamW ends on the training data; a dash: it never did. Then where it
-# ended itself, and of how many seeds this is the median.
+# to where AdamW ends on the training data; a dash: it never did (nor does
+# AdamW, if of two seeds one ends above their median). Then where it ended
+# itself, and of how many seeds this is the median. With one seed, do not trust
+# small differences.
 
 
 def share(task, name, what):
@@ -138,28 +139,31 @@ for task in TASKS:
         cells = ("-" if v is None else f"{v:.2g}" for v in line)
         print(f"  {name:20}", *(f"{cell:>6}" for cell in cells))
 
-for task in TASKS[:4]:  # the networks
-    mine, theirs = rows[task, "SINGD"], rows[task, "AdamW"]
-    assert share(task, "SINGD", "steps") < 1
-    assert mine["train"][1] < theirs["train"][1]
-    assert mine["test"][1] < theirs["test"][1]
+small, networks = "SINGD, match_rms 0.2", TASKS[:4]
+for task in networks:
+    tests = [rows[task, m]["test"][1] for m in ("AdamW", "SINGD", small)]
+    assert tests[2] < tests[0]
+    assert (tests[1] < tests[0]) == (task != "ViT")
+    assert share(task, small, "steps") < 1
 assert share("autoencoder", "SINGD", "steps") < 0.2
 assert share("autoencoder", "SINGD", "seconds") < 0.5
-assert share("transformer", "SINGD", "seconds") < 1
-assert share("CNN", "SINGD", "seconds") > 1
-assert share("regression", "SINGD", "steps") is None
+assert share("CNN", "SINGD", "steps") is None
+assert share("CNN", small, "seconds") > 1
 ends = {m: r["train"][1] for (t, m), r in rows.items() if t == "regression"}
 assert ends["SOAP"] < ends["SINGD, dense"] < ends["AdamW"] / 10
+assert min(ends["SINGD"], ends[small]) > ends["AdamW"]
 
 # %%
-# **Wins.** On all four networks SINGD needs fewer steps than AdamW, and ends
-# lower both in training and in test. On the autoencoder, where AdamW is slow
-# to leave the mean image, it needs less than a fifth of the steps and half
-# of the seconds; on the transformer, too, fewer seconds.
+# **Wins.** With the smaller steps SINGD ends lower than AdamW in test on all
+# four networks, and needs fewer steps on each. On the autoencoder, where AdamW
+# is slow to leave the mean image, the default needs less than a fifth of the
+# steps and half of the seconds.
 #
-# **Losses.** On the CNN AdamW needs fewer seconds. On the regression SINGD's
-# default never gets to where AdamW ends; dense factors end ten times closer
-# to the optimum than AdamW, but SOAP comes closer still.
+# **Losses.** On the ViT the default's test loss is worse than AdamW's. On the
+# CNN the rate that validates best is too small to get to AdamW's training
+# loss; with the smaller steps it takes more seconds. On the regression
+# neither gets to where AdamW ends; dense factors end ten times closer to the
+# optimum, but SOAP comes closer still.
 #
 # Repeat one
 # ----------
@@ -194,26 +198,27 @@ def again(make):
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    return torch.tensor(losses)
+    with torch.no_grad():
+        test = nn.functional.cross_entropy(model(x[4500:]), y[4500:]).item()
+    return torch.tensor(losses), test
 
 
-lr = {name: rows["CNN", name]["lr"] for name in ("AdamW", "SINGD")}
-plain = dict(lr=lr["AdamW"], weight_decay=0)
+plain = dict(lr=rows["CNN", "AdamW"]["lr"], weight_decay=0)
 live = {
     "AdamW": again(lambda m: torch.optim.AdamW(m.parameters(), **plain)),
-    "SINGD": again(lambda m: SINGD(m, lr=lr["SINGD"])),
+    "SINGD": again(lambda m: SINGD(m, lr=rows["CNN", "SINGD"]["lr"])),
 }
 fig, ax = plt.subplots(figsize=(6, 3.2))
-for name, losses in live.items():
-    ax.plot(losses.unfold(0, 20, 1).mean(1), label=name, **STYLE[name])
+for name, (losses, test) in live.items():
+    smooth = losses.unfold(0, 20, 1).mean(1)
+    ax.plot(smooth, label=f"{name}, test {test:.2f}", **STYLE[name])
 ax.set(yscale="log", xlabel="step", ylabel="batch loss (mean of 20)")
 ax.set_title("Run again, here and now")
 _ = ax.legend()
-late = {name: losses[-50:].mean() for name, losses in live.items()}
-assert late["SINGD"] < late["AdamW"]
+assert live["SINGD"][1] < live["AdamW"][1]
 
 # %%
-# SINGD ends lower, as the file says.
+# SINGD's test loss is lower, as the file says.
 #
 # When not to use this
 # --------------------
