@@ -120,8 +120,8 @@ for against, label in {"step": "step", "at": "CPU seconds"}.items():
 # The share of AdamW's 400 steps, and of its seconds, that each needed to get
 # to where AdamW ends on the training data; a dash: it never did (nor does
 # AdamW, if of two seeds one ends above their median). Then where it ended
-# itself, and of how many seeds this is the median. With one seed, do not trust
-# small differences.
+# itself, and of how many seeds this is the median. Where the file
+# says one seed or one rate, trust no small difference.
 
 
 def share(task, name, what):
