@@ -4,7 +4,6 @@ PORT ?= 8000
 BIN := .venv/bin
 PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
 COSTS = docs/_data/what_it_costs.json
-EVIDENCE = docs/_data/evidence.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
@@ -103,7 +102,7 @@ bench: build/peers/ready ## Measure what everything costs, next to other optimiz
 	@$(BIN)/python tools/run_page.py gallery/4_structures/plot_45_what_it_costs.py build/bench
 
 evidence: build/peers/ready ## Compare with tuned AdamW, Muon, SOAP, ... on five tasks (hours; goes on where it stopped)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/evidence/evidence.py $(WITH) $(EVIDENCE)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/evidence/evidence.py $(WITH)
 
 clean: ## Remove what the targets made
 	rm -rf .venv build dist docs/_build docs/auto_gallery docs/gen_modules src/*.egg-info .*_cache
