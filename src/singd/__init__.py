@@ -5,6 +5,7 @@ from singd.fisher import sample_labels
 from singd.groups import PUBLISHED, Growing
 from singd.layers import LayerKind, register_layer
 from singd.optimizer import SINGD, Factors
+from singd.report.suggest import Suggestion, suggest
 from singd.rules import Rule, register_rule
 from singd.structures import StructuredMatrix, register_structure, registered_structures, structure
 
@@ -18,6 +19,7 @@ __all__ = [
     "LayerKind",
     "Rule",
     "StructuredMatrix",
+    "Suggestion",
     "register_layer",
     "register_rule",
     "register_structure",
@@ -25,4 +27,5 @@ __all__ = [
     "rules",
     "sample_labels",
     "structure",
+    "suggest",
 ]

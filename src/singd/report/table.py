@@ -72,23 +72,25 @@ def rows(
     return lines
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(
+    rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = HEADER, title: str = "SINGD"
+) -> str:
     """The rows as aligned text."""
-    lines = [HEADER, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
     text.insert(1, "-" * max(map(len, text)))
-    return "SINGD\n" + "\n".join(text)
+    return f"{title}\n" + "\n".join(text)
 
 
-def html_table(rows: Sequence[tuple[str, ...]]) -> str:
+def html_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
     """The rows for a notebook."""
 
     def line(cells: tuple[str, ...], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     body = "".join(line(r, "td") for r in rows)
-    return f"<table><thead>{line(HEADER, 'th')}</thead><tbody>{body}</tbody></table>"
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
