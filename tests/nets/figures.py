@@ -25,11 +25,11 @@ BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 NETS = {
     "random layers": "four steps of a random layer: all kinds, sizes, structures, options and micro-batches",
     "lives of a model": "up to twelve events in the life of a random model: training, clipping, evaluation, "
-    "freezing, new groups and options, copies, checkpoints, exceptions, `torch.compile`",
+    "freezing, new groups and options, copies, checkpoints, exceptions (in `make fuzz` also `torch.compile`)",
     "lives of a model, until they diverged": "of these, those whose numbers passed 10,000; compared until then",
-    "interruptions of step": "an exception at each line of `step` in turn",
-    "interruptions of backward": "an exception at each line of the hooks in turn",
-    "interruptions of load_state_dict": "an exception at each line of `load_state_dict` in turn",
+    "interruptions of step": "an exception at a line of `step` (`make test`: each 31st, `make fuzz`: each)",
+    "interruptions of backward": "the same in the hooks",
+    "interruptions of load_state_dict": "the same in `load_state_dict`",
     "kills and resumptions": "a process killed at a random moment while it trains and saves, and resumed",
     "steps with flat memory": "steps of one run; memory after them is that after 200",
     "mutations": "errors of one line put into the mathematics on purpose; the nets notice each",
