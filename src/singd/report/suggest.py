@@ -88,8 +88,9 @@ def suggest(
 
     Memory is counted: the factors, their kept products and the momentum, against AdamW's two numbers per weight.
     Time is estimated: the multiplications of each structure, at the pace of forward and backward in one measured
-    step of a copy of the model. It leaves out what each call costs, so small layers take longer than it says. The
-    model, its gradients and torch's random numbers stay as they are.
+    step of a copy of the model. It leaves out what each call costs: cheap structures in small layers can take
+    twice as long as it says, so measure what you choose. The model, its gradients and torch's random numbers
+    stay as they are.
 
     Six pairs of structures are tried, from diagonal ones to dense ones. All layers take the cheapest at first, and
     rise to richer ones level by level, each as far as all of them together still fit.
