@@ -4,11 +4,10 @@ PORT ?= 8000
 BIN := .venv/bin
 PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
 COSTS = docs/_data/what_it_costs.json
-EVIDENCE = docs/_data/evidence.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence fuzz clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence fuzz gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +41,10 @@ tests: .venv/ready ## Run the tests, on all cores
 
 fuzz: .venv/ready ## Run the nets on 10,000 random examples, and write what they tried into the docs
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/nets/figures.py 10000 $(SEED)
+
+gpu: .venv/ready ## Run what must hold on a GPU, where there is one
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then $(BIN)/pytest -m gpu tests/gpu; else echo "There is no GPU here that torch can use; nothing was run."; fi
 
 gallery: .venv/ready ## Run every notebook of the gallery and compare its outputs
 	@$(BIN)/python tools/notebooks.py check
@@ -99,7 +102,7 @@ bench: build/peers/ready ## Measure what everything costs, next to other optimiz
 	@$(BIN)/python tools/run_page.py gallery/4_structures/plot_45_what_it_costs.py build/bench
 
 evidence: build/peers/ready ## Compare with tuned AdamW, Muon, SOAP, ... on five tasks (hours; goes on where it stopped)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/evidence/evidence.py $(WITH) $(EVIDENCE)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/evidence/evidence.py $(WITH)
 
 clean: ## Remove what the targets made
 	rm -rf .venv build dist docs/_build docs/auto_gallery docs/gen_modules src/*.egg-info .*_cache

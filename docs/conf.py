@@ -172,4 +172,4 @@ def _bring_slides_and_archive(app, exception):
 
 def setup(app):
     app.connect("builder-inited", _bring_notebooks, priority=900)  # after sphinx-gallery's
-    app.connect("build-finished", _bring_slides_and_archive)
+    app.connect("build-finished", _bring_slides_and_archive, priority=400)  # before its summary

@@ -222,7 +222,7 @@ def test_gallery_thumbnails(visit):
         "[...document.querySelectorAll('.sphx-glr-thumbcontainer img')].every(i => i.complete && i.naturalWidth > 50)"
     )
     page.locator(".sphx-glr-thumbcontainer a").first.click()
-    page.wait_for_url("**/plot_10_*.html")
+    page.wait_for_url("**/plot_01_*.html")
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if "/plot_" in p])

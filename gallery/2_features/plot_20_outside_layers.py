@@ -38,11 +38,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 STEPS, BATCH = 120, 64
-OPTIONS = dict(lr=3e-3, damping=1e-2, T=1, lr_cov=0.3, normalize_lr_cov=True)
-OPTIONS["kfac_approx"] = "reduce"  # the model averages over rows
+OPTIONS = PUBLISHED | dict(lr=3e-3, damping=1e-2, T=1, lr_cov=0.3)
+# "reduce", since the model averages over rows
+OPTIONS |= dict(normalize_lr_cov=True, kfac_approx="reduce")
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 data = load_digits()
@@ -137,7 +138,7 @@ assert after < 0.1
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     model = LinearAttention()
-    SINGD(model, fallback=None, **OPTIONS)
+    SINGD(model, **(OPTIONS | dict(fallback=None)))
 print(caught[0].message)
 assert "position, norm.weight, norm.bias" in str(caught[0].message)
 
@@ -148,7 +149,7 @@ assert "position, norm.weight, norm.bias" in str(caught[0].message)
 
 def fit(Model, **options):
     model = Model()
-    optimizer = SINGD(model, warn_unsupported=False, **OPTIONS, **options)
+    optimizer = SINGD(model, warn_unsupported=False, **(OPTIONS | options))
     losses, shuffle = [], torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         batch = torch.randint(0, 1797, (BATCH,), generator=shuffle)
@@ -181,9 +182,9 @@ assert last["linear layers"] < last["fallback, lr=1e-2"]
 
 # %%
 # A bag of rows is worth something, but the three runs that train everything
-# are better. The fallback's default, AdamW's ``lr=1e-3``, is slow for so short
-# a run. With linear layers the loss is lowest. (They start from other weights,
-# so this is no proof.)
+# are better. The fallback's usual rate, AdamW's ``lr=1e-3``, is slow for so
+# short a run. With linear layers the loss is lowest. (They start from other
+# weights, so this is no proof.)
 #
 # We look at the position. Left out, it stays zero.
 
@@ -218,7 +219,7 @@ CASES = (
     Tied(),
     nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False)),
 )
-tables = [str(SINGD(nn.Sequential(model))) for model in CASES]
+tables = [str(SINGD(nn.Sequential(m), **OPTIONS)) for m in CASES]
 for table in tables:
     print(*table.splitlines()[3:], sep="\n")
 

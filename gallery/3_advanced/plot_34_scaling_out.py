@@ -64,7 +64,7 @@ import json, os, time, torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from singd import SINGD
+from singd import PUBLISHED, SINGD
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -80,7 +80,7 @@ def run(**options):
     torch.manual_seed(0)
     layers = [nn.Linear(128, 128) for _ in range(8)]
     model = DistributedDataParallel(nn.Sequential(*layers))
-    optimizer = SINGD(model, T=2, **options)
+    optimizer = SINGD(model, **(PUBLISHED | dict(T=2) | options))
     times, numbers = [], []
     for step in range(6):
         x = torch.randn(512, 128)[rank::ranks]
@@ -124,9 +124,9 @@ def torchrun(processes):
 found = {ranks: torchrun(ranks) for ranks in RANKS}
 
 # %%
-# An update sends all stored numbers of :math:`H_K` and :math:`H_C` and two
-# counts a layer, at once. Other steps send nothing but the gradient, which
-# the wrapper does.
+# An update sends all stored numbers of :math:`H_K` and :math:`H_C` and four
+# more a layer (two traces, two counts), at once. Other steps send nothing but
+# the gradient, which the wrapper does.
 
 
 def stored(name, sizes):
@@ -138,7 +138,7 @@ def stored(name, sizes):
 sizes = [(128, 129)] * 8  # d_o x d_i
 for name in NAMES:
     update, between = found[2][name][1]
-    assert update == stored(name, sizes) + 2 * len(sizes)
+    assert update == stored(name, sizes) + 4 * len(sizes)
     assert between == 0
     print(f"{name:16}{update:8,} numbers an update")
 

@@ -38,6 +38,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+import singd
 from singd import SINGD, StructuredMatrix, register_structure, structure
 
 STEPS, BATCH = 150, 64
@@ -157,9 +158,8 @@ assert broken == ["projection"]
 # The first layer reads 8 x 8 digits, one row of pixels per block. It has no
 # bias, since 65 inputs are no multiple of 8.
 
-data = load_digits()
-images = torch.tensor(data.data, dtype=torch.float32) / 16
-labels = torch.tensor(data.target)
+images, labels = map(torch.tensor, load_digits(return_X_y=True))
+images = images.float() / 16
 
 
 def fit(name):
@@ -171,8 +171,8 @@ def fit(name):
         {"params": [model[0].weight], "structures": (name, "dense")},
         {"params": list(model[2].parameters())},
     ]
-    options = dict(T=1, lr_cov=0.2, normalize_lr_cov=True)
-    optimizer = SINGD(model, groups, lr=3e-3, **options)
+    options = dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
+    optimizer = SINGD(model, groups, **(singd.PUBLISHED | options))
     losses = []
     for _ in range(STEPS):
         batch = torch.randint(len(images), (BATCH,))

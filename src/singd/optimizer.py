@@ -417,6 +417,7 @@ class SINGD(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+            self._index()  # also where an exception came between torch's loading and ours
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: value for name, value in self.__dict__.items() if name in _COPIED}

@@ -47,9 +47,10 @@ class FactorState:
         self, key: Any, identity: Mapping[str, StructuredMatrix], keeps: Mapping[str, str]
     ) -> None:
         """Take blueprints for other structures, sizes or dtypes."""
-        self.key, self.identity = key, dict(identity)
+        self.identity = dict(identity)
         self.blueprints = {name: identity[side] for name, side in keeps.items()}
         self._views, self._prepared = {}, (None, None)
+        self.key = key  # last, so that what an exception left half done is done again
 
     def adopt(self, state: Mapping[str, Any]) -> None:
         """Take the dtypes of factors that were loaded, which another process may keep."""

@@ -48,13 +48,17 @@ class Witness:
         )
         if not plain or weight.is_meta or weight.dtype in (torch.float16, torch.bfloat16):
             return
-        u = torch.randn(block.size[1], PROBES, dtype=weight.dtype, device=weight.device)
+        # of a generator of its own: the user's random numbers stay what they would be without
+        own = torch.Generator(weight.device).manual_seed(0)
+        u = torch.randn(
+            block.size[1], PROBES, dtype=weight.dtype, device=weight.device, generator=own
+        )
         if block.bias is not None:
             u[-1] = 0.0
 
         @torch.utils.hooks.unserializable_hook
         def compare(gradient: Tensor) -> None:
-            if block in self._seen:
+            if block in self._seen and block in self._waits:
                 self._compare(block, layer, gradient)
 
         self._waits[block] = u, weight.register_hook(compare)
@@ -75,9 +79,9 @@ class Witness:
 
     @torch.no_grad()
     def _compare(self, block: Block, layer: nn.Module, gradient: Tensor) -> None:
-        u, handle = self._waits.pop(block)
+        (u, handle), (_, seen) = self._waits[block], self._seen[block]
         handle.remove()
-        _, seen = self._seen.pop(block)
+        del self._waits[block], self._seen[block]
         matrix = block.kind.weight_to_matrix(layer, gradient)
         whole = matrix.to(u.dtype) @ u[: matrix.shape[1]]
         size = torch.maximum(whole.norm(), seen.norm())

@@ -159,6 +159,14 @@ def test_a_layer_that_is_seen_in_part_is_named_once(forward):
         one_step(model, optimizer, x)
 
 
+def test_looking_at_layers_leaves_the_users_random_numbers_alone():
+    model, optimizer, *_ = pair(None)
+    x = torch.randn(12, 5, dtype=F64)
+    before = torch.get_rng_state()
+    one_step(model, optimizer, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # -- what the loss averages over ---------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """When is SINGD the right choice? `make evidence` compares it with other optimizers, tuned the same way.
 
-python tests/evidence/evidence.py docs/_data/evidence.json
-python tests/evidence/evidence.py --quick build/evidence/quick.json         (tiny: does it all run?)
-python tests/evidence/evidence.py --tasks CNN --methods AdamW,SGD --steps 2000 docs/_data/evidence.json
+python tests/evidence/evidence.py                    (hours; writes docs/_data/evidence.json)
+python tests/evidence/evidence.py --quick            (tiny networks, under two minutes: does it all run?)
+python tests/evidence/evidence.py --tasks CNN --methods AdamW,SGD --steps 2000
 
 Per task and method the learning rate is searched on half decades, from one that is known to be good, until the
 best has worse neighbours on both sides; the best is the one with the lowest *validation* measure at the end.
@@ -31,6 +31,7 @@ from tasks import TASKS, Task
 from trial import Run, train
 
 ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "_data" / "evidence.json"
 START = time.monotonic()
 REFERENCE = "AdamW"  # whose tuned final value is the target
 MOST_RATES = 7
@@ -285,7 +286,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("results", type=pathlib.Path, help="the JSON file to write")
+    parser.add_argument(
+        "results",
+        type=pathlib.Path,
+        nargs="?",
+        help="the JSON file to write (default: the one that the page reads; with --quick one in build)",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny networks, 10 steps, 2 rates")
     parser.add_argument("--tasks", default="", help="only these, with commas (or ; ) between")
     parser.add_argument("--methods", default="", help="only these, with commas (or ; ) between")
@@ -304,6 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         args.steps, args.seeds, args.rates = 10, 1, 2
     folder = args.folder or ROOT / "build" / ("evidence-quick" if args.quick else "evidence")
+    args.results = args.results or (folder.with_suffix(".json") if args.quick else RESULTS)
     before = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
     runs = Runs(folder, before)
     names = chosen(args.methods, methods, "method")

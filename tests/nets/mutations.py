@@ -24,8 +24,8 @@ class Mutation(NamedTuple):
 MUTATIONS = {
     "a transpose dropped": Mutation(
         "structures/dense.py",
-        "def gram(self) -> Dense:\n        return Dense(matmul_symmetric(self.a.T, self.a))",
-        "def gram(self) -> Dense:\n        return Dense(matmul_symmetric(self.a, self.a.T))",
+        "return matmul(self.a.T, X)",
+        "return matmul(self.a, X)",
     ),
     "a factor of two lost": Mutation(
         "rules/singd.py", "if normalize else 0.5", "if normalize else 1.0"

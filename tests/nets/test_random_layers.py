@@ -119,8 +119,8 @@ def test_a_random_layer_is_the_textbooks(layer_and_shape, options, parts, cache,
         for p in layer.parameters():
             p.copy_(0.5 * torch.randn_like(p))
     twin = copy.deepcopy(layer)
-    options = {**PUBLISHED, **options}
-    optimizer = SINGD(layer, **options, cache_products=cache)
+    options = {**PUBLISHED, **options, "cache_products": cache}
+    optimizer = SINGD(layer, **options)
     book = Textbook(twin, options)
     for _ in range(4):
         optimizer.zero_grad()
