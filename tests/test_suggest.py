@@ -201,7 +201,7 @@ def test_its_defaults_are_those_of_the_optimizer():
         (
             {"loss": None},
             TypeError,
-            "Pass .inputs, targets. and a loss, or a function",
+            "Give .inputs, targets. and a loss, or a function",
         ),
         ({"loss": 3}, TypeError, "not tuple and loss=3"),
         ({"model": nn.LayerNorm(300)}, ValueError, "no layer that SINGD preconditions"),

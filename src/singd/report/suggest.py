@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
 import time
@@ -19,9 +20,7 @@ from singd.precision import accumulation_dtype
 from singd.report.table import html_table, table
 from singd.rules import INPUT, OUTPUT, find_rule
 
-Pair = tuple[str, str]
-
-PAIRS: tuple[Pair, ...] = (
+PAIRS: tuple[tuple[str, str], ...] = (
     ("dense", "dense"),
     ("dense", "diagonal"),
     ("block64diagonal", "block64diagonal"),
@@ -49,8 +48,8 @@ class Suggestion:
         rows: The lines of the table.
     """
 
-    structures: Pair
-    layers: Mapping[str, Pair]
+    structures: tuple[str, str]
+    layers: Mapping[str, tuple[str, str]]
     memory: float
     time: float
     rows: Sequence[tuple[str, ...]]
@@ -64,14 +63,12 @@ class Suggestion:
         Raises:
             AttributeError: If it lacks a layer.
         """
-        model, pairs = unwrapped(model)[0], {}
-        found: dict[Any, dict[str, Any]] = {}
+        model, pairs, found = unwrapped(model)[0], {}, collections.defaultdict(list)
         for name, pair in self.layers.items():
             pairs.update(dict.fromkeys(model.get_submodule(name).parameters(recurse=False), pair))
         for p in filter(lambda p: p.requires_grad, model.parameters()):
-            options = {"structures": pairs[p]} if p in pairs else {}
-            found.setdefault(pairs.get(p), {"params": [], **options})["params"].append(p)
-        return list(found.values())
+            found[pairs.get(p)].append(p)
+        return [{"params": ps} | ({"structures": k} if k else {}) for k, ps in found.items()]
 
     def __repr__(self) -> str:
         text = table(self.rows, HEADER, "Memory and time over those of AdamW")
@@ -88,8 +85,9 @@ def suggest(
 
     Memory is counted: the factors, their kept products and the momentum, against AdamW's two numbers per weight.
     Time is estimated: the multiplications of each structure, at the pace of forward and backward in one measured
-    step of a copy of the model. It leaves out what each call costs, so small layers take longer than it says. The
-    model, its gradients and torch's random numbers stay as they are.
+    step of a copy of the model. It leaves out what each call costs: cheap structures in small layers can take
+    twice as long as it says, so measure what you choose. The model, its gradients and torch's random numbers
+    stay as they are.
 
     Six pairs of structures are tried, from diagonal ones to dense ones. All layers take the cheapest at first, and
     rise to richer ones level by level, each as far as all of them together still fit.
@@ -112,9 +110,7 @@ def suggest(
         raise TypeError(f"Unknown option {unknown[0]!r}; choose from {', '.join(OPTIONS)}.")
     if not callable(batch if loss is None else loss):
         got = f"{type(batch).__name__} and loss={loss!r}"
-        raise TypeError(
-            f"Pass (inputs, targets) and a loss, or a function of the model, not {got}."
-        )
+        raise TypeError(f"Give (inputs, targets) and a loss, or a function of models, not {got}.")
 
     def loss_of(model: nn.Module) -> Tensor:
         return batch(model) if loss is None else loss(model(batch[0]), batch[1])
@@ -194,7 +190,7 @@ def _measured(
     return passes, steps, {b: n / len(times) for b, n in rows.items()}
 
 
-def _cost(block: Block, pair: Pair, rows: float, options: Mapping[str, Any]) -> tuple[int, float]:
+def _cost(block: Block, pair: Any, rows: float, options: Mapping[str, Any]) -> tuple[int, float]:
     """Bytes kept for one layer, and the multiplications of a step.
 
     With s numbers in K, of size d_i: K K^T times the gradient takes 2 s d_o multiplications, or s d_o with the
