@@ -38,7 +38,7 @@ from torch import nn
 from singd import PUBLISHED, SINGD
 
 STEPS, BATCH, SEEDS = 150, 64, (0, 1, 2)
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 1e-2, 3e-2, 1e-1)
 COLORS = {"AdamW": "C1", "SINGD": "C0", "published": "C7"}
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
@@ -145,12 +145,11 @@ ax.legend()
 
 ratio = last["SINGD"].mean(1) / last["AdamW"].mean(1)
 assert (ratio < 0.85).all()
-assert (last["published"].mean(1) > 1.5 * last["AdamW"].mean(1)).all()
 
 # %%
-# At each of these rates SINGD ends below AdamW. The published method ends
-# above it: its factors hardly move in so short a run. Now each at its best
-# rate.
+# At each of these rates SINGD ends below AdamW. Now each at its best of the
+# four. The published method is not tuned beyond its rate, and might want a
+# higher one; its factors hardly move in so short a run.
 
 best = {name: RATES[int(e.mean(1).argmin())] for name, e in last.items()}
 fig, ax = plt.subplots(figsize=(6, 3.4))
@@ -161,11 +160,12 @@ for name, lr in best.items():
     ax.fill_between(steps, *band, alpha=0.25, color=color)
     ax.plot(steps, smooth.mean(0), color=color, label=f"{name}, lr {lr}")
 ax.set(xlabel="step", ylabel="training loss (mean of 10)", yscale="log")
-ax.set_title("Each at its best rate, SINGD ends lowest")
+ax.set_title("At its best rate, SINGD ends lowest")
 ax.legend()
 
 ends = {name: tried.mean(1).min() for name, tried in last.items()}
-assert ends["SINGD"] < 0.6 * ends["AdamW"]
+assert ends["SINGD"] < 0.6 * ends["AdamW"] < 0.6 * ends["published"]
+assert max(best["SINGD"], best["AdamW"]) < 0.1
 
 # %%
 # What the factors look like
