@@ -3,14 +3,13 @@ How do I put SINGD in place of AdamW? One line at a time
 ========================================================
 
 You have a loop that trains with AdamW. This page turns it into one that trains
-with SINGD, in three small edits, and runs after each. The first edit is
-enough to run, but not to learn fast.
+with SINGD: the constructor changes, the learning rate and its schedule stay.
 
 .. admonition:: What you will learn
 
    - **Replace** the constructor, and nothing else.
    - **Translate** AdamW's arguments to those of SINGD.
-   - **Recognise** which edit makes the difference in a short run.
+   - **Compare** both at the same learning rates.
 
    You need to know an ordinary PyTorch training loop.
    :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py` is a good start.
@@ -19,14 +18,16 @@ Two update rules
 ----------------
 
 AdamW scales each entry of the gradient by its own size. SINGD multiplies the
-gradient of a weight matrix from both sides,
+gradient of a weight matrix from both sides, and scales the result :math:`N`
+as a whole, so that a step moves weights by about :math:`\beta_2`,
 
 .. math::
 
-   W \leftarrow W - \beta_2 \, C C^\top \, \nabla_W \ell \; K K^\top .
+   N = C C^\top \, \nabla_W \ell \; K K^\top , \qquad
+   W \leftarrow W - \beta_2 \left(N / \mathrm{rms}(N) + \gamma W\right) .
 
-The factors :math:`K` and :math:`C` start as identities. So SINGD starts as
-SGD with momentum, and becomes itself as the factors learn.
+AdamW's first steps move weights by :math:`\beta_2` too. So its learning rates
+carry over. (The momentum is left out here.)
 """
 
 import matplotlib.pyplot as plt
@@ -36,7 +37,9 @@ from torch import nn
 
 from singd import PUBLISHED, SINGD
 
-STEPS, BATCH = 150, 64
+STEPS, BATCH, SEEDS = 150, 64, (0, 1, 2)
+RATES = (1e-3, 1e-2, 3e-2, 1e-1)
+COLORS = {"AdamW": "C1", "SINGD": "C0", "published": "C7"}
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 # %%
@@ -48,8 +51,8 @@ images = torch.tensor(data.data, dtype=torch.float32) / 16
 labels = torch.tensor(data.target)
 
 
-def network():
-    torch.manual_seed(0)
+def network(seed=0):
+    torch.manual_seed(seed)
     hidden = [nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU()]
     return nn.Sequential(*hidden, nn.Linear(64, 10))
 
@@ -60,115 +63,109 @@ def network():
 
 
 def fit(model, optimizer):
-    shuffle = torch.Generator().manual_seed(1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, STEPS)
     losses = []
     for _ in range(STEPS):
-        batch = torch.randint(0, 1797, (BATCH,), generator=shuffle)
+        batch = torch.randint(0, 1797, (BATCH,))
         optimizer.zero_grad()
         output = model(images[batch])
         loss = nn.functional.cross_entropy(output, labels[batch])
         loss.backward()
         optimizer.step()
+        schedule.step()
         losses.append(loss.item())
     return torch.tensor(losses)
 
 
-model = network()
-adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
-runs = {"AdamW": fit(model, adamw)}
-
 # %%
-# Edit 1: the constructor
-# -----------------------
+# The constructor
+# ---------------
 #
-# ``AdamW(model.parameters(), ...)`` becomes ``SINGD(model, ...)``, here with
-# the published method's arguments, ``PUBLISHED``. It needs
+# ``AdamW(model.parameters(), ...)`` becomes ``SINGD(model, ...)``. It needs
 # the model, because it listens to the inputs of the layers and to their output
-# gradients. The table that it prints says how each parameter is trained.
+# gradients. ``weight_decay`` acts on the weights at once, as AdamW's does. The
+# third line is the method as published, for comparison.
 
-model = network()
-optimizer = SINGD(model, **PUBLISHED)
+
+def adamw(model, lr):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+
+
+def singd(model, lr):
+    return SINGD(model, lr=lr, weight_decay=0.01)
+
+
+def published(model, lr):
+    return SINGD(model, **(PUBLISHED | dict(lr=lr, weight_decay=0.01)))
+
+
+optimizer = singd(network(), 1e-2)
 print(optimizer)
-runs["1: SINGD(model)"] = fit(model, optimizer)
 
 # %%
 # The two linear layers train with factors. The LayerNorm trains with AdamW, in
-# a group of its own: ``fallback`` holds its options.
+# a group of its own: ``fallback`` holds its options. Its learning rate is that
+# of SINGD, so one schedule drives both.
 
-algorithms = [group["algorithm"] for group in optimizer.param_groups]
-assert algorithms == ["singd", "adamw"]
-assert len(optimizer.param_groups[1]["params"]) == 2
-
-# %%
-# Edit 2: the learning rate
-# -------------------------
-#
-# The learning rates of two optimizers are not comparable. Ours starts as that
-# of SGD with momentum, so try what you would try there.
-#
-# Weight decay is not comparable either. AdamW multiplies the weights by
-# :math:`1 - \beta_2 \gamma`. SINGD adds :math:`\gamma W` to the natural
-# gradient, and this passes through the momentum.
-
-model = network()
-fallback = dict(lr=1e-2, weight_decay=0.01)
-options = PUBLISHED | dict(lr=1e-2, weight_decay=1e-3, fallback=fallback)
-optimizer = SINGD(model, **options)
-runs["2: + lr"] = fit(model, optimizer)
+groups = optimizer.param_groups
+assert [group["algorithm"] for group in groups] == ["singd", "adamw"]
+assert len(groups[1]["params"]) == 2
+assert groups[0]["lr"] == groups[1]["lr"] == 1e-2
 
 # %%
-# **Before you run on:** the factors have been updated at every tenth step so
-# far, by steps of 0.01. How far can they have moved from the identity?
+# **Before you run on:** all three train at the same four learning rates, from
+# three seeds. Which one depends least on the rate?
 
-stats = optimizer.stats()["0"]
-print(f"average trace of K {stats['trace_K']:.1f}")
-print(f"cosine of gradient and natural gradient {stats['cosine']:.1f}")
-assert 0.9 < stats["trace_K"] < 1.2
-assert stats["cosine"] > 0.99
-
-# %%
-# Hardly at all. The natural gradient points along the gradient: this was SGD.
-#
-# Edit 3: let the factors learn
-# -----------------------------
-#
-# In a run of hundreds of steps, update the factors at every step (``T=1``) by
-# large steps (``lr_cov``), and bound these steps (``normalize_lr_cov``).
-
-model = network()
-options |= dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
-optimizer = SINGD(model, **options)
-runs["3: + factors"] = fit(model, optimizer)
-learnt = optimizer.stats()["0"]
-assert learnt["trace_K"] > 2
-assert learnt["cosine"] < 0.9
+builders = {"AdamW": adamw, "SINGD": singd, "published": published}
+runs = {name: {lr: [] for lr in RATES} for name in builders}
+for name, build in builders.items():
+    for lr in RATES:
+        for seed in SEEDS:
+            model = network(seed)
+            optimizer = build(model, lr)
+            runs[name][lr].append(fit(model, optimizer))
+    runs[name] = {lr: torch.stack(losses) for lr, losses in runs[name].items()}
 
 # %%
-# We look at the loss of all four runs.
+# We look at the last losses. Bands reach from the lowest to the highest seed.
 
-fig, ax = plt.subplots(figsize=(7, 4))
-for (name, losses), color in zip(runs.items(), ("C1", "C7", "C9", "C0")):
-    ax.plot(losses.unfold(0, 10, 1).mean(1), label=name, color=color)
-ax.set(xlabel="step", ylabel="training loss (mean of 10)", yscale="log")
-ax.set_title("The third edit makes the difference")
+last = {
+    name: torch.stack([run[:, -30:].mean(1) for run in tried.values()])
+    for name, tried in runs.items()
+}
+fig, ax = plt.subplots(figsize=(6, 3.4))
+for name, ends in last.items():
+    ax.fill_between(
+        RATES, ends.amin(1), ends.amax(1), alpha=0.25, color=COLORS[name]
+    )
+    ax.plot(RATES, ends.mean(1), "o-", color=COLORS[name], label=name)
+ax.set(xscale="log", yscale="log", xlabel="learning rate")
+ax.set(ylabel="loss of the last 30 steps", title="AdamW's rates train SINGD")
 ax.legend()
 
-last = {name: losses[-30:].mean().item() for name, losses in runs.items()}
-assert last["1: SINGD(model)"] > 3 * last["2: + lr"]
-assert last["2: + lr"] > 2 * last["3: + factors"]
-assert last["3: + factors"] < last["AdamW"]
+ratio = last["SINGD"].mean(1) / last["AdamW"].mean(1)
+assert (ratio < 0.85).all()
 
 # %%
-# The second edit lowers the loss of the last steps, the third lowers it below
-# AdamW's. Neither was tuned, so do not take this for a contest. The bars say
-# the same in numbers.
+# At each of these rates SINGD ends below AdamW. Now each at its best of the
+# four. The published method is not tuned beyond its rate, and might want a
+# higher one; its factors hardly move in so short a run.
 
-fig, ax = plt.subplots(figsize=(7, 2.4))
-drawn = ax.barh(list(last), list(last.values()))
-ax.bar_label(drawn, fmt=" %.2g")
-ax.set(xlabel="mean training loss of the last 30 steps")
-ax.set_title("What each edit brings")
-ax.invert_yaxis()
+best = {name: RATES[int(e.mean(1).argmin())] for name, e in last.items()}
+fig, ax = plt.subplots(figsize=(6, 3.4))
+for name, lr in best.items():
+    smooth = runs[name][lr].unfold(1, 10, 1).mean(2)
+    color, steps = COLORS[name], range(10, STEPS + 1)
+    band = (smooth.amin(0), smooth.amax(0))
+    ax.fill_between(steps, *band, alpha=0.25, color=color)
+    ax.plot(steps, smooth.mean(0), color=color, label=f"{name}, lr {lr}")
+ax.set(xlabel="step", ylabel="training loss (mean of 10)", yscale="log")
+ax.set_title("At its best rate, SINGD ends lowest")
+ax.legend()
+
+ends = {name: tried.mean(1).min() for name, tried in last.items()}
+assert ends["SINGD"] < 0.6 * ends["AdamW"] < 0.6 * ends["published"]
+assert max(best["SINGD"], best["AdamW"]) < 0.1
 
 # %%
 # What the factors look like
@@ -178,35 +175,37 @@ ax.invert_yaxis()
 # at the border are almost always empty: there it can grow. The last row and
 # column of :math:`K` belong to the bias; we leave them out.
 
+model = network()
+optimizer = singd(model, 1e-2)
+fit(model, optimizer)
 K = optimizer.factors("0").K.dense()
+diagonal = (K @ K.T).diagonal()[:64].view(8, 8)
 fig, ax = plt.subplots(figsize=(4.2, 3.4))
-shown = ax.imshow((K @ K.T).diagonal()[:64].view(8, 8).log10())
+shown = ax.imshow(diagonal.log10())
 ax.set(xlabel="pixel column", ylabel="pixel row")
 ax.set_title("Diagonal of K Kᵀ, as an image")
 _ = fig.colorbar(shown, label="log10")
 
-diagonal = (K @ K.T).diagonal()[:64].view(8, 8)
 assert diagonal[:, 0].min() > diagonal[:, 2:6].max()
-assert diagonal.max() < 1.25 * diagonal.min()
+assert diagonal.max() > 3 * diagonal.min()
 
 # %%
-# The empty column at the left is ahead of the middle. But all pixels are
-# within 25 % of each other: in 150 steps the factors have learnt the scale
-# first, and differences between pixels only a little.
+# The empty column at the left is amplified more than the middle, several
+# times.
 #
 # When not to use it
 # ------------------
 #
-# Keep AdamW if its loss per *second* is what you pay for and your network is
+# This page counts steps. A step of SINGD takes longer than one of AdamW, so
+# keep AdamW if its loss per *second* is what you pay for and your network is
 # small. Keep it for networks made mostly of parameters that are not matrices.
 #
 # .. admonition:: Lessons learned
 #
 #    - ``SINGD(model)`` replaces ``AdamW(model.parameters())``.
+#    - The learning rate, its schedule and the decay carry over.
 #    - All other parameters train with AdamW: set it up with ``fallback``.
-#    - Neither ``lr`` nor ``weight_decay`` carries over; try those of SGD.
-#    - As published, a short run is SGD. Set ``T``, ``lr_cov`` and
-#      ``normalize_lr_cov``.
+#    - ``PUBLISHED`` is another method: its rates do not carry over.
 #
 # .. admonition:: Exercise
 #
@@ -224,15 +223,15 @@ assert diagonal.max() < 1.25 * diagonal.min()
 #        model = network()
 #        with warnings.catch_warnings(record=True) as caught:
 #            warnings.simplefilter("always")
-#            optimizer = SINGD(model, **(PUBLISHED | dict(fallback=None)))
+#            optimizer = SINGD(model, fallback=None)
 #        assert "1.weight" in str(caught[0].message)
 #        fit(model, optimizer)
 #        assert torch.equal(model[1].weight, torch.ones(64))
 #
 # Where to go next:
+# :ref:`sphx_glr_auto_gallery_1_start_plot_12_arguments.py` changes one
+# argument at a time,
 # :ref:`sphx_glr_auto_gallery_3_advanced_plot_33_diagnostics.py` reads the
 # statistics of a run,
-# :ref:`sphx_glr_auto_gallery_4_structures_plot_40_zoo.py` shows what the
-# factors can look like, and
-# :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` takes a
-# batch in parts.
+# :ref:`sphx_glr_auto_gallery_2_features_plot_20_outside_layers.py` shows who
+# trains what, and :doc:`/choosing` what the defaults change.
