@@ -224,9 +224,6 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
     Weights tied between layers of one kind make one block; tied between kinds (an embedding and the
     output layer) the roles of the two factors differ, so that no single Kronecker product is right.
     After them come loose matrices, which only a rule without rows can precondition.
-
-    Raises:
-        ValueError: If a layer makes sparse gradients.
     """
     blocks: dict[nn.Parameter, Block] = {}
     reasons: dict[nn.Parameter, str] = {}
@@ -235,10 +232,6 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
         if kind is None:
             continue
         weight, bias = cast(nn.Parameter, module.weight), cast(Any, getattr(module, "bias", None))
-        if getattr(module, "sparse", False):  # neither a factor nor AdamW can use its gradient
-            raise ValueError(
-                f"{module} makes sparse gradients, which SINGD cannot use; choose sparse=False."
-            )
         reason = kind.supports(module)
         if reason is None and not weight.is_floating_point():
             reason = f"its weight is {weight.dtype}"

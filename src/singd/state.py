@@ -76,6 +76,10 @@ class FactorState:
             found[name] = known
         return found
 
+    def _dtype(self, state: Mapping[str, Any], name: str) -> torch.dtype:
+        """That of the numbers that there are, which a model that is cast leaves as they were."""
+        return state[name].dtype if name in state else self.blueprints[name].dtype
+
     def _here(self, state: Mapping[str, Any]) -> list[str]:
         """The names that there are numbers for: a momentum that was switched on later is zero."""
         return [name for name in self.blueprints if name in state]
@@ -100,7 +104,7 @@ class FactorState:
         Returns:
             None if the old ones stay; only a CPU says so, other devices need not be waited for.
         """
-        rounded = {name: A.to(dtype=self.blueprints[name].dtype) for name, A in new.items()}
+        rounded = {name: A.to(dtype=self._dtype(state, name)) for name, A in new.items()}
         tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
         if not tensors:  # a rule that keeps nothing
             return rounded
@@ -133,7 +137,7 @@ class FactorState:
         """Put factors and counters into the state, all at once, so that an exception finds all or nothing."""
         flat, views = {}, {}
         for name, matrix in new.items():
-            matrix = matrix.to(dtype=self.blueprints[name].dtype)
+            matrix = matrix.to(dtype=self._dtype(state, name))
             numbers = flat[name] = matrix.flat()
             same = numbers.data_ptr() == matrix.tensors()[0].data_ptr()
             views[name] = (numbers, matrix if same else matrix.from_flat(numbers))

@@ -83,7 +83,11 @@ def others() -> list[Contender]:
 
 
 def singd_of(optimizer: Any, structure: str, T: int, **options: Any) -> Callable[..., Any]:
-    return lambda m: [optimizer(m, structures=(structure, structure), T=T, **options)]
+    """Ours with the published values of all other options, as the published package has them."""
+    if optimizer is singd.SINGD:
+        options = {**singd.PUBLISHED, **options}
+    options = {**options, "structures": (structure, structure), "T": T}
+    return lambda m: [optimizer(m, **options)]
 
 
 def ours(period: int, structures: Iterable[str] | None = None) -> list[Contender]:

@@ -15,8 +15,8 @@ STEPS = 400
 
 
 def start(directory):
-    source = HERE.parent.parent / "src"
-    paths = [str(source), os.environ.get("PYTHONPATH", "")]
+    root = HERE.parent.parent
+    paths = [str(root / "src"), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, str(HERE / "train_with_checkpoints.py"), str(directory), str(STEPS)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
