@@ -142,6 +142,7 @@ def fit(name, lr, seed):
 # **Before you run on:** all see the same batches in the same order. Which one
 # will have the lowest training loss, and which one will be the fastest?
 
+# sphinx_gallery_nbval = "nbval-ignore-output"
 search = {
     name: {lr: fit(name, lr, SEEDS[0]) for lr in rates}
     for name, rates in RATES.items()

@@ -226,6 +226,7 @@ assert base[2].K.dense().diagonal(1).mean() < 0
 # The others are not searched. They state a fact about your loss or your loop,
 # or they save time or memory. We change one at a time.
 
+# sphinx_gallery_nbval = "nbval-ignore-output"
 SWITCHES = dict(normalize_lr_cov=False, preconditioner_dtype=torch.bfloat16)
 SWITCHES |= dict(kfac_approx="reduce", cache_products=False)
 SWITCHES |= dict(kfac_like=True, loss_average=None)

@@ -131,6 +131,7 @@ _ = axes[0].legend(fontsize=8)
 # SINGD used these values: the left panel is read from its groups, right before
 # each step. The losses:
 
+# sphinx_gallery_nbval = "nbval-ignore-output"
 fig, ax = plt.subplots(figsize=(7, 3.4))
 draw(ax, 0, 10, ylabel="loss (mean of 10)", yscale="log")
 ax.legend()

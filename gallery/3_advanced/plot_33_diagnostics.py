@@ -80,6 +80,7 @@ def fit(**options):
 # %%
 # One call gives one dictionary for each layer. Log it as it is.
 
+# sphinx_gallery_nbval = "nbval-ignore-output"
 losses, stats = fit(**FAST)
 for name, value in stats[-1].items():
     print(f"{name:13}{value:10.1f}")
