@@ -62,8 +62,8 @@ def plain(wrapper):
     """One collective per update holds the statistics of all layers; off the updates SINGD adds nothing."""
     for name in registered_structures():
         gradients, sizes, found = traffic_of_steps(wrapper, structures=(name, name))
-        statistics = stored(name, sizes) + 2 * len(sizes)
-        least = sum(independent(name, n) for pair in sizes for n in pair) + 2 * len(sizes)
+        statistics = stored(name, sizes) + 4 * len(sizes)
+        least = sum(independent(name, n) for pair in sizes for n in pair) + 4 * len(sizes)
         assert least <= statistics <= 2 * least
         if dist.get_rank() == 0 and wrapper == "ddp":
             print(
@@ -89,7 +89,7 @@ def shared_out():
             assert backward.numel == sum(gradients)
             least = [sum(gradients)]
             if i in UPDATE:
-                least.insert(0, factors + 2 * len(sizes))
+                least.insert(0, factors + 4 * len(sizes))
             if i + 1 in UPDATE:
                 least.append(factors)
             assert len(step.messages) == len(least), (name, i)
@@ -102,7 +102,7 @@ def fully_sharded():
     """FSDP2 reduces the gradients; SINGD gathers them whole, and reduces the statistics."""
     for name in registered_structures():
         gradients, sizes, found = traffic_of_steps("fsdp", structures=(name, name))
-        statistics = stored(name, sizes) + 2 * len(sizes)
+        statistics = stored(name, sizes) + 4 * len(sizes)
         for i, (_, step) in enumerate(found):
             sums = [m.numel for m in step.messages if m.kind == "all_reduce"]
             assert sums == ([statistics] if i in UPDATE else [])

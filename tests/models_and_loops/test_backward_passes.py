@@ -96,6 +96,9 @@ def test_create_graph_is_an_ordinary_backward():
     assert_same(model, optimizer, twin, other)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Layer '.*' is seen in part"
+)  # and it is: the penalty's part is not
 def test_a_gradient_penalty_trains():
     model, batches = model_and_batches("mlp", steps=8)
     optimizer = SINGD(model, **FAST)
