@@ -8,7 +8,6 @@ import torch
 from counting import tried
 from published import FAST
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from singd import SINGD
 
@@ -17,8 +16,9 @@ def tensor_bytes():
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of attributes that warn when they are looked at
-        found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
-        found = [t for t in found if not is_lazy(t)]  # those of other tests have no memory yet
+        # (other tests leave lazy parameters and fake tensors, which have no memory)
+        found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+        found = [t for t in found if t.device.type == "cpu" and t.layout == torch.strided]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
     return len(found), sum(storages.values())
 
