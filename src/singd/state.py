@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.precision import accumulation_dtype
+from singd.precision import accumulation_dtype, wide_dtype
 from singd.rules import Rule
 from singd.structures import StructuredMatrix
 from singd.torch_private import version
@@ -108,9 +108,7 @@ class FactorState:
         tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
         if not tensors:  # a rule that keeps nothing
             return rounded
-        sums = torch.stack(
-            [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-        )
+        sums = torch.stack([t.sum(dtype=wide_dtype(t.dtype)) for t in tensors])
         finite = sums.isfinite().all()
         if finite.device.type == "cpu":
             return rounded if finite and bool(some) else None
