@@ -140,9 +140,9 @@ METHODS: dict[str, Method] = {
         singd(**PUBLISHED | both("diagonal")), 1e-2, {"autoencoder": 1e-3}, 1e-3
     ),
     "SINGD": Method(singd(), 3e-3, {"regression": 3e-1}, 1e-3),
-    "SINGD, dense": Method(singd(**both("dense")), 3e-3, {"regression": 3e-1}, 1e-3),
+    # dense factors of wide layers know more directions than a small batch has rows: more damping
+    "SINGD, dense": Method(singd(**both("dense"), damping=0.1), 3e-3, {"regression": 1.0}, 1e-3),
     "SINGD, diagonal": Method(singd(**both("diagonal")), 3e-3, {"regression": 3e-1}, 1e-3),
-    "SINGD, match_rms 0.2": Method(singd(match_rms=0.2), 1e-2, {"regression": 1.0}),
 }
 
 
@@ -150,3 +150,8 @@ def half_decade(lr: float, steps: int = 0) -> float:
     """The number 1 or 3 times a power of ten that is nearest to ``lr``, and then some half decades on."""
     k = round(2 * math.log10(lr)) + steps
     return float(f"{(1 if k % 2 == 0 else 3)}e{k // 2}")
+
+
+def quarters(lr: float) -> tuple[float, float]:
+    """The rates a quarter of a decade below and above ``lr``, in two digits."""
+    return float(f"{lr / 10**0.25:.1e}"), float(f"{lr * 10**0.25:.1e}")

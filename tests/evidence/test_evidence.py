@@ -78,7 +78,23 @@ def test_the_search_ends_between_worse_neighbours(first):
         return Run("", "", 0, lr, 0, final={} if lr > 0.5 else {"validation": worse})
 
     assert evidence.tune(first, work, 9).lr == 0.03
-    assert {0.01, 0.03, 0.1} <= set(tried) and len(tried) == len(set(tried)) <= 8
+    assert {0.01, 0.03, 0.1} <= set(tried) and len(tried) == len(set(tried)) <= 10
+
+
+def test_an_optimum_between_two_rates_is_found():
+    def work(lr):
+        return Run("", "", 0, lr, 0, final={"validation": abs(math.log10(lr / 0.018))})
+
+    assert evidence.tune(0.03, work, 9).lr == pytest.approx(0.018, rel=0.1)
+    assert evidence.tune(0.03, work, 9, fine=False).lr in (0.01, 0.03)
+
+
+def test_a_search_begins_where_one_of_the_usual_length_ended(tmp_path):
+    known = [
+        Run("t", "m", 400, lr, 0, final={"validation": v}) for lr, v in ((0.1, 2.0), (0.3, 1.0))
+    ]
+    runs = evidence.Runs(tmp_path, [run.as_dict() for run in known])
+    assert runs.best_rate("t", "m") == 0.3 and runs.best_rate("t", "other") is None
 
 
 def test_the_search_stops_after_the_most_rates():
@@ -86,7 +102,7 @@ def test_the_search_stops_after_the_most_rates():
     evidence.tune(
         1e-5, lambda lr: tried.append(lr) or Run("", "", 0, lr, 0, final={"validation": -lr}), 4
     )
-    assert len(tried) == 4
+    assert len(tried) == 4 + 2  # and two beside the best
 
 
 def made(method, lr, seed, values, seconds=1.0):
