@@ -5,9 +5,9 @@ python tests/evidence/evidence.py --quick            (tiny networks, under two m
 python tests/evidence/evidence.py --tasks CNN --methods AdamW,SGD --steps 2000
 
 Per task and method the learning rate is searched on half decades, from one that is known to be good, until the
-best has worse neighbours on both sides, and then a quarter of a decade to both sides of it, because an optimum that
-lies between two rates costs as much as a worse method; the best is the one with the lowest *validation* measure at
-the end.
+best has worse neighbours on both sides, and then a quarter of a decade to both sides of it, because an optimum
+between two rates costs as much as a worse method. The best is the one with the lowest *validation* measure at the
+end.
 At that rate more seeds follow, and at the method's default rate one run. Every run is a file in build/evidence,
 and a run that is there is not made again; runs that the results hold already are kept.
 """
