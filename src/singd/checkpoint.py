@@ -13,8 +13,8 @@ from singd.blocks import Block
 from singd.state import COUNTERS
 from singd.structures import from_recursive_layout
 from singd.torch_private import local_part
+from singd.weight_steps import MOMENTS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, which may be wider than the parameter
 Group = Mapping[str, Any]
 
 

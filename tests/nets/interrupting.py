@@ -1,4 +1,4 @@
-"""Exceptions at any line of the library: what Ctrl-C does, or memory that ends."""
+"""Exceptions at any line of a step: what Ctrl-C does, or memory that ends."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import singd
 
-SOURCE = str(Path(singd.__file__).parent)
+OPTIM = Path(torch.optim.__file__).parent
+SOURCES = (
+    str(Path(singd.__file__).parent),
+    *(str(OPTIM / name) for name in ("sgd.py", "adam.py", "adamw.py")),
+)
+"""The library, and what of torch moves its parameters."""
 
 
 class Interrupted(BaseException):
@@ -17,7 +24,7 @@ class Interrupted(BaseException):
 
 
 def interrupted(call: Callable[[], Any], at: int) -> bool:
-    """Run something that raises `Interrupted` where it would begin its `at`-th line in the library.
+    """Run something that raises `Interrupted` where it would begin its `at`-th line in `SOURCES`.
 
     Returns:
         Whether there was such a line. If not, the call has ended.
@@ -35,7 +42,7 @@ def interrupted(call: Callable[[], Any], at: int) -> bool:
         return line
 
     def trace(frame, event, arg):
-        return line if frame.f_code.co_filename.startswith(SOURCE) else None
+        return line if frame.f_code.co_filename.startswith(SOURCES) else None
 
     before = sys.gettrace()
     sys.settrace(trace)
