@@ -426,6 +426,7 @@ class SINGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         grad_scaler = state.pop("grad_scaler", None)
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it to every copy
         if "_blocks" in state:  # a copy or an unpickled optimizer, not torch's load_state_dict
             self._collector = Collector(self.state, grad_scaler)
             self._index()

@@ -4,12 +4,13 @@ import copy
 import functools
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
-from published import FAST
+from published import FAST, PUBLISHED
 from torch import nn
 
 from singd import SINGD
@@ -212,3 +213,21 @@ def test_a_lambda_is_refused_because_nobody_could_tell_it_from_another_one():
     for make in (lambda n, **kw: Dense.eye(n, **kw), lambda n, **kw: Diagonal.eye(n, **kw)):
         with pytest.raises(ValueError, match="register_structure"):
             SINGD(mlp(), **{**FAST, "structures": (make, "dense")})
+
+
+# -- found by the net of lives ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_group_that_a_copy_was_given_is_in_a_checkpoint_that_loads(copied):
+    """torch adds an option of its own to the defaults of every copy, which our checkpoints would not know."""
+
+    def build():
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+        return model, SINGD(model, model[0].parameters(), **PUBLISHED)
+
+    model, optimizer = copied(build())
+    optimizer.add_param_group({"params": model[1].parameters()})
+    model, other = build()
+    other.add_param_group({"params": model[1].parameters()})
+    other.load_state_dict(optimizer.state_dict())
