@@ -151,7 +151,7 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
         raise ValueError(
             f"The checkpoint has structures {theirs} for layer {block.name!r}, but this optimizer has {mine}."
         )
-    rules = block.rule.name, groups.saved_rule(saved)
+    rules = block.rule.spelling, groups.saved_rule(saved)
     if rules[0] != rules[1]:
         raise ValueError(
             f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has "
