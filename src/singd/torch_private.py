@@ -128,8 +128,9 @@ def version(tensor: Tensor) -> int:
 def on_all(
     name: str, tensors: Sequence[Tensor], others: Sequence[Tensor], **kw: Any
 ) -> list[Callable[[], Any]]:
-    """The calls of a method on many tensors, each with another one: a single call, where all of them are plain."""
-    if all(type(t) in (Tensor, nn.Parameter) for t in (*tensors, *others)):
+    """The calls of a method on many tensors, each with another one; a single one, where a device gains by that."""
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in (*tensors, *others))
+    if plain and tensors[0].device.type != "cpu":
         return [partial(getattr(torch, f"_foreach_{name}"), tensors, others, **kw)]
     return [partial(getattr(t, name), o, **kw) for t, o in zip(tensors, others, strict=True)]
 

@@ -94,7 +94,7 @@ class WeightSteps:
                 if direction is not None:
                     by_group.setdefault(id(self.group_of[p]), []).append((p, direction))
                 elif p in self.momenta:
-                    self._store([p], [{"momentum_buffer": self.momenta[p]}])
+                    self._store([p], [{"momentum_buffer": self.momenta[p]}], [])
             for some in by_group.values():
                 self._sgd(some)
 
@@ -146,12 +146,20 @@ class WeightSteps:
         )
         self._store(params, new, torch_private.on_all("copy_", params, wide))
 
-    def _store(
-        self, params: list[Any], new: list[Any], moves: Iterable[Callable[[], Any]] = ()
-    ) -> None:
-        """Store what is kept of parameters, move them, and note it; no signal is heard between these calls."""
+    def _store(self, params: list[Any], new: list[Any], calls: Sequence[Callable[[], Any]]) -> None:
+        """Move parameters, store what is kept of them, and note it; no signal is heard between these calls.
+
+        Args:
+            params: The parameters.
+            new: What their states take up, one mapping for each.
+            calls: What moves them: one call for each, or one for all.
+        """
         stores = [partial(self.states[p].update, s) for p, s in zip(params, new, strict=True)]
-        calls = [*stores, *moves, partial(self.attempt.moved.update, params)]
+        marks = [partial(self.attempt.moved.add, p) for p in params]
+        if len(calls) == len(params):
+            calls = [c for some in zip(calls, stores, marks, strict=True) for c in some]
+        else:
+            calls = [*calls, *stores, *marks]
         deque(map(methodcaller("__call__"), calls), maxlen=0)
 
     def _together(self, pairs: Iterable[tuple[nn.Parameter, Any]]) -> Iterator[list[Any]]:
