@@ -3,6 +3,8 @@
 python tests/evidence/evidence.py                    (hours; writes docs/_data/evidence.json)
 python tests/evidence/evidence.py --quick            (tiny networks, under two minutes: does it all run?)
 python tests/evidence/evidence.py --tasks CNN --methods AdamW,SGD --steps 2000
+python tests/evidence/evidence.py --ablations --tasks CNN,autoencoder      (what of it pays?)
+python tests/evidence/evidence.py --batch-sizes --methods AdamW,SINGD,Muon (one task, several batch sizes)
 
 Per task and method the learning rate is searched on half decades, from one that is known to be good, until the
 best has worse neighbours on both sides, and then a quarter of a decade to both sides of it, because an optimum
@@ -28,8 +30,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from methods import METHODS, Method, half_decade, quarters
-from tasks import TASKS, Task
+from methods import ABLATIONS, METHODS, Method, half_decade, quarters
+from tasks import BATCH_TASKS, TASKS, Task
 from trial import Run, train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -233,7 +235,10 @@ def results(runs: Runs) -> dict[str, Any]:
         if won[run.task, run.steps, run.method] != run.lr:
             entry |= {"step": [], "at": [], "curves": {s: [] for s in run.curves}}
         kept.append(entry)
-    tasks = {name: TASKS[name](False) for name in sorted({run.task for run in runs.known.values()})}
+    tasks = {
+        name: {**TASKS, **BATCH_TASKS}[name](False)
+        for name in sorted({run.task for run in runs.known.values()})
+    }
     return {
         "machine": machine(),
         "tasks": {name: {"says": task.says, "unit": task.unit} for name, task in tasks.items()},
@@ -316,6 +321,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny networks, 10 steps, 2 rates")
     parser.add_argument("--tasks", default="", help="only these, with commas (or ; ) between")
     parser.add_argument("--methods", default="", help="only these, with commas (or ; ) between")
+    parser.add_argument(
+        "--ablations", action="store_true", help="SINGD with one thing changed in each method"
+    )
+    parser.add_argument("--batch-sizes", action="store_true", help="one task, several batch sizes")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run (default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=4, help="at the best rate (default: 4)")
     parser.add_argument(
@@ -328,16 +337,20 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    methods = {**METHODS, **(more_methods(args.also) if args.also else {})}
+    methods = ABLATIONS if args.ablations else METHODS
+    methods = {**methods, **(more_methods(args.also) if args.also else {})}
+    tasks = BATCH_TASKS if args.batch_sizes else TASKS
     if args.quick:
         args.steps, args.seeds, args.rates, args.coarse = 10, 1, 2, True
     folder = args.folder or ROOT / "build" / ("evidence-quick" if args.quick else "evidence")
-    args.results = args.results or (folder.with_suffix(".json") if args.quick else RESULTS)
+    kind = "_ablations" * args.ablations or "_batch" * args.batch_sizes
+    committed = RESULTS.with_stem(RESULTS.stem + kind)
+    args.results = args.results or (folder.with_suffix(".json") if args.quick else committed)
     before = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
     runs = Runs(folder, before)
     names = chosen(args.methods, methods, "method")
-    for title in chosen(args.tasks, TASKS, "task"):
-        task = TASKS[title](args.quick)
+    for title in chosen(args.tasks, tasks, "task"):
+        task = tasks[title](args.quick)
         for name in names:
             compare(
                 *(task, name, methods[name], runs),
