@@ -140,7 +140,7 @@ errors = (means - F).norm(dim=(1, 2)) / F.norm()
 gap = (fisher_like(nll, theta, flowers, [(ones, kinds)]) - F).norm()
 
 fig, ax = plt.subplots(figsize=(5.4, 3.6))
-ax.loglog(count, errors, label="mean of Monte-Carlo Fishers")
+ax.loglog(count, errors, "C2", label="mean of Monte-Carlo Fishers")
 ax.loglog(count, errors[0] / count.sqrt(), "C7:", label="slope −1/2")
 ax.axhline(gap / F.norm(), color="C1", label="empirical Fisher")
 ax.set(xlabel="draws", ylabel="relative distance to F")

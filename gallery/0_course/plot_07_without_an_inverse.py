@@ -133,8 +133,8 @@ theory = 3 * (start @ m @ m @ start.T).norm() * betas**2
 
 # sphinx_gallery_thumbnail_number = 1
 fig, ax = plt.subplots(figsize=(6, 4))
-ax.loglog(betas, many, "C0s--", mfc="w", label=r"after $1 / \beta_1$ updates")
-ax.loglog(betas, one, "C0o", label="after one update")
+ax.loglog(betas, many, "C9s--", mfc="w", label=r"after $1 / \beta_1$ updates")
+ax.loglog(betas, one, "C9o", label="after one update")
 ax.loglog(betas, theory, "k:", label="theory, to second order")
 ax.set(xlabel=r"$\beta_1$", ylabel="distance of K Kᵀ from KFAC")
 ax.set_title("Products follow the inverse, with slope 2")
@@ -181,7 +181,7 @@ for _ in range(14):
 torch.testing.assert_close(K @ K.T, torch.linalg.inv(A))
 
 fig, ax = plt.subplots(figsize=(6, 3.6))
-ax.semilogy(torch.stack(paths), "C0", alpha=0.3, linewidth=1)
+ax.semilogy(torch.stack(paths), "C9", alpha=0.4, linewidth=1)
 ax.axhline(1, color="k", linestyle=":")
 ax.set(xlabel="update", ylabel="eigenvalues of KᵀAK")
 _ = ax.set_title("A dozen updates invert a 65 x 65 matrix")
@@ -213,8 +213,8 @@ def path(s, beta, updates):
 beta = 0.5
 limit = 1 + 4 / beta
 fig, ax = plt.subplots(figsize=(6, 3.6))
-for s, color in ((3.0, "C9"), (8.99, "C0"), (9.01, "C3")):
-    ax.semilogy(path(s, beta, 20), color=color, label=f"s = {s}")
+for s, look in ((3.0, "C9--"), (8.99, "C9"), (9.01, "C3")):
+    ax.semilogy(path(s, beta, 20), look, label=f"s = {s}")
 ax.axhline(limit, color="k", linestyle=":", label="1 + 4 / β₁ = 9")
 ax.set(xlabel="update", ylabel="q = s k²", ylim=(0.1, 1e3), xlim=(0, 12))
 ax.set_title("Just below the limit it recovers, just above it explodes")
@@ -234,7 +234,7 @@ fig, ax = plt.subplots(figsize=(6, 4))
 ax.loglog(beta, 1 + 4 / beta, "k:")
 ax.fill_between(beta, 1 + 4 / beta, 1e4, color="C3", alpha=0.3, linewidth=0)
 ax.text(0.08, 250, "explodes", color="C3", fontsize=14)
-ax.text(0.002, 0.5, "converges", color="C0", fontsize=14)
+ax.text(0.002, 0.5, "converges", color="C9", fontsize=14)
 for scale, x in ((1, 0.002), (16, 0.08)):
     s = torch.linalg.eigvalsh(second_moment(scale * pixels))[-1].item()
     ax.axhline(s, color="C7", linewidth=1)
@@ -251,7 +251,9 @@ assert 2600 < s < 2800
 # %%
 # Raw pixels need :math:`\beta_1 < 0.0015`, or a small start
 # :math:`K = c I`, or a warm-up of :math:`\beta_1`. ``normalize_lr_cov``
-# bounds the step.
+# bounds the step. Try it: move the circle across the line.
+#
+# .. interactive:: divergence
 #
 # When not to use this
 # --------------------

@@ -88,6 +88,9 @@ for ax, row in zip(axes[:, 0], rows):
 # %%
 # The tridiagonal set is left by the first product, and its inverses are full.
 # The other three are subalgebras. (Toeplitz ones keep equal diagonals, too.)
+# Draw one yourself:
+#
+# .. interactive:: closure
 #
 # The projection
 # --------------
