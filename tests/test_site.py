@@ -251,19 +251,31 @@ def test_an_answer_is_at_most_three_clicks_away(visit, question, width):
         assert -5 <= top < 500
 
 
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("empirical fisher", "glossary"),
-        ("choose structure", "structures"),
-        ("diverge", "choosing"),
-        ("pi-damping", "glossary"),
-        ("quiz", "teach"),
-    ],
-)
-def test_an_answer_is_one_search_away(visit, words, found):
-    page = visit("search.html?q=" + urllib.parse.quote_plus(words))
-    page.wait_for_selector(f"#search-results li a[href*='{found}.html']")
+SEARCHES = {  # what is typed: the page to click on, and words of the answer on it
+    "empirical fisher": ("glossary", "with the labels of the data"),
+    "choose structure": ("structures", "How to choose a structure"),
+    "diverge": ("choosing", "it starts well, then explodes"),
+    "pi-damping": ("glossary", "It does not depend on how scale is divided"),
+    "quiz": ("teach", "Twelve questions"),
+    # asked as one would ask a colleague
+    "What is the empirical Fisher?": ("which_page", "the definition"),
+    "Which structure should I take?": ("which_page", "How to choose a structure"),
+    "Why did my run diverge?": ("which_page", "When it does not work"),
+}
+
+
+@pytest.mark.parametrize("words", SEARCHES)
+def test_an_answer_is_one_search_away(visit, words):
+    found, answer = SEARCHES[words]
+    page = visit("index.html")
+    page.keyboard.press("Control+k")
+    page.keyboard.type(words)
+    page.keyboard.press("Enter")
+    link = page.locator(f"#search-results li a[href*='{found}.html']").first
+    link.wait_for()
+    link.click()
+    page.wait_for_url(f"**/{found}.html*")
+    assert answer in " ".join(page.locator(".bd-article").inner_text().split())
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if "/plot_" in p])
