@@ -359,11 +359,13 @@ def test_the_figure_of_a_lesson_is_dark_in_the_dark(visit, name):
     def colours(scheme):
         page = visit(f"auto_gallery/0_course/{IN_LESSONS[name][0]}.html", scheme=scheme)
         return page.evaluate(
-            f"['.a', '.title'].map(c => getComputedStyle(document.querySelector('#figure-{name} svg ' + c)).fill)"
+            "name => [...document.querySelectorAll(`#figure-${name} svg :is(.a, .b, .title, .axis, .mark)`)]"
+            ".map(e => [e.getAttribute('class'), getComputedStyle(e).fill, getComputedStyle(e).stroke])",
+            name,
         )
 
-    light, dark = colours("light"), colours("dark")
-    assert all(one != other for one, other in zip(light, dark, strict=True))
+    for (kind, *light), (_, *dark) in zip(colours("light"), colours("dark"), strict=True):
+        assert light != dark, f"{kind} has one colour"
 
 
 @pytest.mark.parametrize("name", IN_LESSONS)

@@ -203,7 +203,7 @@ for _ in range(STEPS):
 angle = torch.linspace(0, 2 * torch.pi, 99).double()
 circle = torch.stack([angle.cos(), angle.sin()])
 looks = dict(zip(run[0], ("C0-", "k:", "C2--", "C1-")))
-fig, axes = plt.subplots(1, 2, figsize=(6, 3.6), sharex=True, sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.6), sharex=True, sharey=True)
 for ax, step in zip(axes, (0, STEPS - 1)):
     for name, M in run[step].items():
         values, vectors = torch.linalg.eigh(M)

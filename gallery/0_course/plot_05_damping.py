@@ -217,7 +217,7 @@ u, g = 10 ** log_u[None], 10 ** log_g[:, None]
 
 
 def draw(title, U, G, **balances):
-    fig, axes = plt.subplots(1, 2, figsize=(6, 3.6), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.6), sharey=True)
     pairs = torch.cartesian_prod(*map(torch.linalg.eigvalsh, (U, G)))
     for ax, (name, pi) in zip(axes, balances.items()):
         divisor = u * g + DAMPING
