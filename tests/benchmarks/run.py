@@ -1,6 +1,6 @@
 """What everything costs, in one run: `make bench`.
 
-python tests/benchmarks/run.py --peers FOLDER RESULTS.json      (about 13 minutes on two idle cores)
+python tests/benchmarks/run.py --peers FOLDER RESULTS.json      (about 16 minutes on two idle cores)
 python tests/benchmarks/run.py --quick RESULTS.json             (small networks: does it all run?)
 """
 
@@ -19,6 +19,7 @@ import warnings
 from typing import Any
 
 import contenders as c
+import defaults as d
 import torch
 import widths as w
 from floors import operations
@@ -34,6 +35,7 @@ from singd.structures import StructureSpec, registered_structures
 
 # wall time of each workload's training: of all contenders, and of those that a mark compares
 SECONDS = {"mlp": (95, 45), "cnn": (100, 50), "vit": (180, 160)}
+DEFAULTS_SECONDS = {"mlp": 40, "cnn": 30, "vit": 60}
 QUICK = ("dense", "diagonal", "block30diagonal", "hierarchical15_15", "triltoeplitz")
 QUARTILES = {"lower": 0.25, "median": 0.5, "upper": 0.75}
 START = time.monotonic()
@@ -231,6 +233,19 @@ def hook(published: Any, calls: int = 1000, blocks: int = 15) -> dict[str, float
     return {"call_us": plain, **{name: statistics.median(t) - plain for name, t in times.items()}}
 
 
+def defaults(published: Any, small: bool) -> dict[str, Any]:
+    """What the defaults cost on each workload, and on tiny layers."""
+    found: dict[str, Any] = {"steps": d.STEPS}
+    for name, workload in (SMALL if small else WORKLOADS).items():
+        found[name] = d.schedule(
+            *(workload, published, 0.0 if small else DEFAULTS_SECONDS[name]),
+            show=lambda text: show(f"defaults, {name}: {text}"),  # noqa: B023
+            rounds=1 if small else 99,
+        )
+    show("defaults: tiny layers")
+    return {**found, "tiny": d.tiny_layers(*((20, 10) if small else ()))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -239,7 +254,7 @@ def main() -> None:
     parser.add_argument("--peers", type=pathlib.Path, help="folder of the published package")
     parser.add_argument("--quick", action="store_true", help="small networks, one round")
     parser.add_argument(
-        "--parts", default="training,widths,memory,hook", help="only some of the parts"
+        "--parts", default="training,defaults,widths,memory,hook", help="only some of the parts"
     )
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -256,6 +271,8 @@ def main() -> None:
     if "training" in parts:
         results["training"] = {n: training(n, published, args.quick) for n in WORKLOADS}
         results["marks"] = shares(results["training"], rate, args.quick)
+    if "defaults" in parts:
+        results["defaults"] = defaults(published, args.quick)
     if "widths" in parts:
         results["widths"] = against_width(args.quick)
     if "memory" in parts:

@@ -53,6 +53,20 @@ def tables(results: dict[str, Any]) -> str:
                 ("", "iteration", "overhead: 1/4", "median", "3/4", "% of SGD", "iterations"), rows
             )
         )
+    for name, part in results.get("defaults", {}).items():
+        if name not in ("steps", "tiny"):
+            adamw = next(r["ms"] for r in part["contenders"] if r["name"] == "AdamW")
+            rows = [
+                [row["name"], row["ms"], row["overhead_ms"], row["ms"] / adamw]
+                for row in part["contenders"]
+            ]
+            parts.append(
+                f"{name}: the defaults over {results['defaults']['steps']} steps, CPU ms\n"
+                + table(("", "iteration", "over SGD", "of AdamW"), rows)
+            )
+    if "defaults" in results:
+        tiny = results["defaults"]["tiny"]
+        parts.append("tiny layers: " + ", ".join(f"{k} {v:.3g}" for k, v in tiny.items()))
     if "marks" in results:
         rows = [
             [

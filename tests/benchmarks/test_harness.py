@@ -8,6 +8,7 @@ import sys
 from itertools import chain
 
 import contenders
+import defaults
 import pytest
 import timing
 import torch
@@ -40,7 +41,22 @@ def test_a_quick_run(tmp_path):
     assert all(r["gflop"] > 0 for r in results["marks"])
     assert set(results["widths"]["structures"]) == set(results["memory"]["layers_on_vit"])
     assert results["hook"]["call_us"] > 0
+    for name in SMALL:
+        rows = {row["name"]: row for row in results["defaults"][name]["contenders"]}
+        assert set(rows) == {"AdamW", *defaults.PAIRS} and all(r["ms"] > 0 for r in rows.values())
+    assert results["defaults"]["tiny"]["SINGD step_ms"] > 0
     assert "Overhead over SGD against the marks" in run.stdout
+
+
+def test_updates_of_a_schedule_are_counted_as_the_optimizer_makes_them():
+    model = torch.nn.Linear(3, 2)
+    optimizer = singd.SINGD(model, T=singd.Growing(5, 3))
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+    made = optimizer.state[model.weight]["updates"]
+    assert defaults.updates(singd.Growing(5, 3), 40) == made > 40 / 5
 
 
 def test_the_published_package_does_not_take_the_place_of_ours(tmp_path):
