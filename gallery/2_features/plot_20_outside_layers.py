@@ -146,8 +146,8 @@ print(caught[0].message)
 assert "position, norm.weight, norm.bias" in str(caught[0].message)
 
 # %%
-# **Before you run on:** a position that stays zero says nothing about the order
-# of the rows. Can the model still learn to tell digits apart?
+# **Before you run on:** a position that stays zero says nothing about the
+# order of the rows. Can the model still learn to tell digits apart?
 
 
 def fit(Model, **options):
