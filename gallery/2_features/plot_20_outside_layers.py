@@ -5,7 +5,7 @@ Who trains the parameters that are no matrices?
 SINGD :term:`preconditions <preconditioner>` the weight *matrices* of layers. A
 real model has more: norms, learned positions, attention in one fused layer,
 tied embeddings. They train with AdamW, inside the same optimizer: it is the
-*fallback*. This page shows which parameters these are, and why.
+:term:`fallback`. This page shows which parameters these are, and why.
 
 .. admonition:: What you will learn
 

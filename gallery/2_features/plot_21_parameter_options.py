@@ -93,9 +93,9 @@ def draw(curves, bars, label, colors):
 # ------------------------------
 #
 # The first layer has 785 inputs, bias included. A dense :math:`K` of 785 x 785
-# would be nearly all that the optimizer keeps, its *state*. So we give this
-# one layer blocks of 30, about one row of pixels, and let the others be dense.
-# What a group does not say, it takes from the arguments of SINGD.
+# would be nearly all that the optimizer keeps, its :term:`state`. So we give
+# this one layer blocks of 30, about one row of pixels, and let the others be
+# dense. What a group does not say, it takes from the arguments of SINGD.
 
 
 def by_groups(model):

@@ -2,7 +2,8 @@ r"""
 Do micro-batches give the same step as one batch?
 =================================================
 
-A batch that does not fit into memory is taken in parts, the *micro-batches*:
+A batch that does not fit into memory is taken in parts, the
+:term:`micro-batches <micro-batch>`:
 several backward passes, then one step. Gradients simply add up. SINGD also
 averages *squares* of gradients, and these need more care. This page shows what
 SINGD takes care of, and what you have to.
