@@ -14,7 +14,7 @@ A claim
 
 .. note::
 
-   In :math:`K`, see :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
+   In :math:`K` with :term:`damping`, see :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
 
 .. math::
    :label: one
@@ -90,7 +90,7 @@ def test_text_becomes_markdown(notebook):
 
 > **Note**
 >
-> In $K$, see [plot_10_first_steps](plot_10_first_steps.ipynb).
+> In $K$ with *damping*, see [plot_10_first_steps](plot_10_first_steps.ipynb).
 
 $$
 a > b

@@ -106,7 +106,7 @@ print(build("SINGD", network(), lr=0.01))
 
 # %%
 # The loop is the usual one, with a learning rate that falls to zero. We note
-# the CPU time, and the *state*: the bytes that the optimizer keeps.
+# the CPU time, and the :term:`state`: the bytes that the optimizer keeps.
 
 
 def state_bytes(optimizer):

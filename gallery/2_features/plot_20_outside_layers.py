@@ -5,7 +5,7 @@ Who trains the parameters that are no matrices?
 SINGD :term:`preconditions <preconditioner>` the weight *matrices* of layers. A
 real model has more: norms, learned positions, attention in one fused layer,
 tied embeddings. They train with AdamW, inside the same optimizer: it is the
-*fallback*. This page shows which parameters these are, and why.
+:term:`fallback`. This page shows which parameters these are, and why.
 
 .. admonition:: What you will learn
 
@@ -146,8 +146,8 @@ print(caught[0].message)
 assert "position, norm.weight, norm.bias" in str(caught[0].message)
 
 # %%
-# **Before you run on:** a position that stays zero says nothing about the order
-# of the rows. Can the model still learn to tell digits apart?
+# **Before you run on:** a position that stays zero says nothing about the
+# order of the rows. Can the model still learn to tell digits apart?
 
 
 def fit(Model, **options):

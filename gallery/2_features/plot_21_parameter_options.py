@@ -75,7 +75,7 @@ def fit(model, optimizer, images, labels, steps=STEPS):
 
 def draw(curves, bars, label, colors):
     """The losses above, a number of each run below."""
-    fig, axes = plt.subplots(2, 1, figsize=(5, 5.2), height_ratios=(5, 3))
+    _, axes = plt.subplots(2, 1, figsize=(5, 5.2), height_ratios=(5, 3))
     for (name, losses), color in zip(curves.items(), colors):
         smooth = losses.unfold(0, 10, 1).mean(1)
         axes[0].plot(range(9, len(losses)), smooth, label=name, color=color)
@@ -93,9 +93,9 @@ def draw(curves, bars, label, colors):
 # ------------------------------
 #
 # The first layer has 785 inputs, bias included. A dense :math:`K` of 785 x 785
-# would be nearly all that the optimizer keeps, its *state*. So we give this one
-# layer blocks of 30, about one row of pixels, and let the others be dense. What
-# a group does not say, it takes from the arguments of SINGD.
+# would be nearly all that the optimizer keeps, its :term:`state`. So we give
+# this one layer blocks of 30, about one row of pixels, and let the others be
+# dense. What a group does not say, it takes from the arguments of SINGD.
 
 
 def by_groups(model):

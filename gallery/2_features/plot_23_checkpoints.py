@@ -206,8 +206,8 @@ assert good == [False] * 20 + [True]
 
 # %%
 # Suppose that step 90 is being saved, and that the last good file is of step
-# 45. No cut file loads. Written beside the old file, that costs the steps since
-# 45; written onto it, all of them.
+# 45. No cut file loads. Written beside the old file, that costs the steps
+# since 45; written onto it, all of them.
 #
 # What it weighs
 # --------------

@@ -2,11 +2,11 @@ r"""
 Gradient scaling and clipping: what does SINGD have to know?
 ============================================================
 
-In float16, a number format of 16 bits, small gradients become zero. A gradient
-scaler multiplies the loss by a large number, so that they survive, and divides
-the gradients by it before the step. SINGD also gathers *squares* of gradients
-during the backward pass, before that division. So it must be told of the
-scaler. Of gradient clipping it need not know.
+In float16, a number format of 16 bits, small gradients become zero. A
+:term:`gradient scaler` multiplies the loss by a large number, so that they
+survive, and divides the gradients by it before the step. SINGD also gathers
+*squares* of gradients during the backward pass, before that division. So it
+must be told of the scaler. Of gradient clipping it need not know.
 
 .. admonition:: What you will learn
 

@@ -2,7 +2,8 @@ r"""
 Do micro-batches give the same step as one batch?
 =================================================
 
-A batch that does not fit into memory is taken in parts, the *micro-batches*:
+A batch that does not fit into memory is taken in parts, the
+:term:`micro-batches <micro-batch>`:
 several backward passes, then one step. Gradients simply add up. SINGD also
 averages *squares* of gradients, and these need more care. This page shows what
 SINGD takes care of, and what you have to.
@@ -168,7 +169,8 @@ _ = ax.legend()
 # sphinx_gallery_start_ignore
 assert max(off["SINGD"]) < 1e-8
 for name in ("published", "IKFAC"):
-    assert off[name] == sorted(off[name]) and off[name][-1] > 0.1
+    assert off[name] == sorted(off[name])
+    assert off[name][-1] > 0.1
 # sphinx_gallery_end_ignore
 
 # %%

@@ -2,35 +2,38 @@ r"""
 Do several processes train the same model as one?
 =================================================
 
-Yes, to rounding. This page starts two processes with ``torchrun``, lets each
-see half of every batch, and compares the weights with those of one process
-that sees all of it.
+Yes, up to rounding. This page starts two processes with ``torchrun``, gives
+each a part of every batch, and compares the weights with those of one process
+that has the whole batch.
 
 .. admonition:: What you will learn
 
    - **Start** SINGD on several processes with ``DistributedDataParallel``.
-   - **Scale** the loss so that ranks with unequal batches fit together.
+   - **Scale** the loss if the processes have parts of unequal size.
    - **Count** what is exchanged.
 
    You should have read
-   :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
+   :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`. Formulas in the
+   symbols of :doc:`/concepts`; you can skip them.
 
 What is exchanged
 -----------------
 
-The curvature is made of sums over the batch. Each of :math:`N` ranks sums
-over its share; one reduction adds the sums and the counts:
+A *rank* is the number of a process, and stands for the process itself. With
+``DistributedDataParallel`` (DDP), each of :math:`N` ranks computes gradients
+on its part of the batch, and all take the mean. SINGD also needs what it
+averages over the batch, the curvature of a layer's inputs and of its output
+gradients:
 
 .. math::
 
    H_K = \frac{\sum_r P(K^\top A_r^\top A_r K)}{\sum_r m_r}, \qquad
    H_C = \frac{R}{N^2} \sum_r P(C^\top B_r^\top B_r C) .
 
-:math:`A_r` are the :math:`m_r` rows of inputs, :math:`B_r` the output
-gradients of rank :math:`r`, and :math:`R` undoes the averaging of the loss
-over *all* samples. The :math:`N^2` is there because the loss of the whole is
-the *mean* of the ranks' losses, in SINGD as in torch: each rank's gradient
-counts :math:`1/N`, and enters squared.
+Both are sums over ranks :math:`r`, so one reduction adds them up. :math:`A_r`
+are the :math:`m_r` rows of inputs, :math:`B_r` the output gradients, and
+:math:`R` undoes the averaging of the loss over *all* samples. The gradient of
+a rank counts :math:`1/N` in the mean, and enters squared: so :math:`N^2`.
 """
 
 import os
@@ -51,10 +54,10 @@ source = str(Path(singd.__file__).parent.parent)
 # The script
 # ----------
 #
-# It is the usual script of DistributedDataParallel. Rank 0 gets 48 samples of
-# each batch of 64, rank 1 the other 16: with unequal shares, a rank
-# multiplies the mean over its samples by ``ranks * its samples / all``. With
-# equal shares that is one, and can be left out.
+# It is the usual script for DDP. Of each batch of 64, rank 0 gets 48 samples
+# and rank 1 the other 16. Because these shares are unequal, each rank
+# multiplies its loss by ``ranks * its samples / all``. With equal shares that
+# is one, and can be left out.
 
 SCRIPT = """
 import sys
@@ -63,7 +66,7 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from singd import PUBLISHED, SINGD
+from singd import SINGD
 
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -75,7 +78,7 @@ labels = torch.tensor(data.target)
 
 model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 model = DistributedDataParallel(model.double())
-optimizer = SINGD(model, **(PUBLISHED | dict(lr=0.01, T=1, lr_cov=0.1)))
+optimizer = SINGD(model, lr=0.01)
 
 shares = [64] if ranks == 1 else [48, 16]
 start = sum(shares[:rank])
@@ -99,9 +102,9 @@ dist.destroy_process_group()
 """
 
 # %%
-# ``torchrun`` is ``python -m torch.distributed.run``. The environment keeps
-# the processes on this machine. **Before you run on:** how large will the
-# difference of the weights be after 30 steps?
+# ``torchrun`` is ``python -m torch.distributed.run``. The environment
+# variables keep the messages inside this machine. **Before you run on:** how
+# large will the difference of the weights be after 30 steps?
 
 
 def torchrun(processes):
@@ -130,41 +133,42 @@ losses, weights = torchrun(1)
 losses_2, weights_2 = torchrun(PROCESSES)
 
 # %%
-# The two lines are one.
+# The losses of both runs lie on one line.
 
-fig, ax = plt.subplots(figsize=(7, 3.4))
-ax.plot(losses, linewidth=5, alpha=0.4, label="one process")
-ax.plot(losses_2, "--", label="two processes, 48 and 16 samples")
+fig, ax = plt.subplots(figsize=(5, 3.4))
+ax.plot(losses, color="silver", linewidth=6, label="one process")
+ax.plot(losses_2, "--", label="two processes")
 ax.set(xlabel="step", ylabel="loss on all digits")
 ax.set_title("Two processes train as one")
 _ = ax.legend()
 
 # %%
-# In double precision nothing but rounding differs. (Equal losses are drawn
-# at the lower edge.)
+# The script computes in double precision, so that nothing but rounding should
+# differ. (Where losses are equal, the dot is drawn at the lower edge.)
 
 gaps = [abs(a - b) for a, b in zip(losses, losses_2)]
-fig, ax = plt.subplots(figsize=(7, 3))
+fig, ax = plt.subplots(figsize=(5, 3))
 ax.plot([max(gap, 1e-17) for gap in gaps], "o")
-ax.axhline(2.2e-16, color="C7", ls=":", label="rounding of a number near 1")
+ax.axhline(2.2e-16, color="black", ls=":", label="rounding near 1")
 ax.set(yscale="log", ylim=(1e-17, 1), xlabel="step")
 ax.set(ylabel="difference of the losses")
 ax.set_title("The difference stays at rounding")
-ax.legend()
-assert max(gaps) < 1e-12
+_ = ax.legend()
 
 pairs = zip(weights, weights_2, strict=True)
 difference = max((a - b).abs().max().item() for a, b in pairs)
+print("weights differ by less than 1e-10:", difference < 1e-10)
 assert difference < 1e-10
-print("difference below 1e-10")
+assert max(gaps) < 1e-12
 
 # %%
 # What it costs
 # -------------
 #
-# Each update of the factors sends one flat buffer: as many numbers as K and C
-# have, and two counts for each layer. With the default ``T=10`` that happens
-# every tenth step. Structures decide how large it is.
+# Each update of the factors sends one message: as many numbers as :math:`K`
+# and :math:`C` have, and two counts for each layer. Updates are at every step
+# at first, then rarer (``T``). The :doc:`structures </structures>` decide how
+# long the message is.
 
 sizes = [(32, 65), (10, 33)]  # d_o x d_i of both layers
 sent = {"gradient, each step": sum(a * b for a, b in sizes)}
@@ -173,41 +177,42 @@ for name in ("dense", "block8diagonal", "diagonal"):
     numbers = sum(make(n).numel for pair in sizes for n in pair)
     sent[f"{name}, each update"] = numbers + 2 * len(sizes)
 
-fig, ax = plt.subplots(figsize=(7, 2.4))
-drawn = ax.barh(list(sent), list(sent.values()), color=["C7", *["C0"] * 3])
+fig, ax = plt.subplots(figsize=(5, 2.4))
+colors = ["silver", "C0", "C4", "C9"]
+drawn = ax.barh(list(sent), list(sent.values()), color=colors)
 ax.bar_label(drawn, fmt=" {:,.0f}")
-ax.set(xlabel="numbers sent by a rank", xlim=(0, 8000))
-ax.set_title("Dense factors are larger than the gradient")
+ax.set(xlabel="numbers sent by a rank", xlim=(0, 9000))
+ax.set_title("Dense factors exceed the gradient")
 ax.invert_yaxis()
 
+# sphinx_gallery_start_ignore
 gradient, dense, blocks, diagonal = sent.values()
 assert dense > gradient > blocks > diagonal
+# sphinx_gallery_end_ignore
 
 # %%
 # When not to use this
 # --------------------
 #
-# A model that trains in one process in the time you have needs none of it.
+# A model that trains in one process in the time you have needs none of this.
 #
 # .. admonition:: Lessons learned
 #
 #    - N processes equal one process on the whole batch: no option changes.
-#    - The loss of the whole is the mean of the ranks' losses. Scale unequal
-#      shares; multiply a *sum* over samples by the number of ranks.
-#    - Wrap first, then build: ``SINGD(DistributedDataParallel(model))``. Built
-#      before wrapping, SINGD sees the wrapper in the forward. That takes one
-#      short message per step; ``average_gradients=False`` saves it.
+#    - Scale the loss if the shares are unequal. Multiply a loss that is a
+#      *sum* over samples by the number of ranks.
+#    - Wrap first, then build: ``SINGD(DistributedDataParallel(model))``.
 #    - Without a wrapper, SINGD averages the gradients itself, in ``step``.
-#      With ``fully_shard`` (FSDP2), each rank keeps whole factors.
 #    - Dense factors send more than the gradient does; structured ones less.
 #
 # .. admonition:: Exercise
 #
-#    Leave the factor of the loss out. Which of weights and factors differ?
+#    Leave out the factor by which the loss is multiplied. What do the two
+#    processes train then?
 #
 # .. dropdown:: Solution
 #
-#    Both: a sample of rank 1 then weighs three times as much as one of
+#    Another model: a sample of rank 1 now weighs three times as much as one of
 #    rank 0.
 #
 #    .. code-block:: python
