@@ -59,7 +59,7 @@ def _role(m: re.Match) -> str:
         return f"`{label}()`"
     if role in {"class", "mod", "attr", "data", "exc", "obj"}:
         return f"`{text[1:].rsplit('.', 1)[-1] if text.startswith('~') else label}`"
-    if role in {"ref", "doc"}:
+    if role in {"ref", "doc", "term"}:
         target = title.group(2) if title else text
         ex = re.match(r"sphx_glr_auto_gallery_\w*?(plot_\w+)\.py$", target)
         if ex:
