@@ -248,5 +248,7 @@ def test_without_scripts_and_on_paper_a_still_picture_remains(visit):
     assert page.locator("noscript img").count() == 3
     page = visit()
     page.emulate_media(media="print")
-    assert not page.locator("#divergence .controls").is_visible()
-    assert page.locator("#divergence svg").first.is_visible()
+    for name in FIGURES:
+        assert not page.locator(f"#{name} .controls").is_visible()
+        for svg in page.locator(f"#{name} svg").all():
+            assert svg.bounding_box()["width"] >= 200, name

@@ -14,7 +14,9 @@ still learn?
    - **Count** what it stores, and time what it computes.
    - **Judge** how much of a real second moment it can learn.
 
-   You should know what :math:`K` and :math:`C` are for; see :doc:`/concepts`.
+   You should know what :math:`K` and :math:`C` are for: see :doc:`/concepts`
+   or :ref:`lesson 7
+   <sphx_glr_auto_gallery_0_course_plot_07_without_an_inverse.py>`.
 
 The rules of the zoo
 --------------------
@@ -42,6 +44,8 @@ from singd import registered_structures
 
 SIZES = (12, 48)
 LAMBDA, BETA_1, UPDATES = 1e-2, 0.05, 160
+FAMILY = {"block": "C4", "hierarchical": "C5", "rank": "C6"}
+FAMILY |= {"toeplitz": "C8", "diagonal": "C9", "dense": "C0"}
 zoo = registered_structures()
 _ = torch.set_num_threads(1)
 
@@ -82,9 +86,11 @@ _ = fig.suptitle("Entries that may differ from zero")
 # A block of 30 is all of a small matrix and little of a large one. Toeplitz
 # pictures look full, but each diagonal holds one number only.
 
+# sphinx_gallery_start_ignore
 big = zoo["triltoeplitz"](48)
 assert big.numel == 48
 assert zoo["block30diagonal"](24).numel == 24**2
+# sphinx_gallery_end_ignore
 
 # %%
 # In a notebook, a structured matrix shows itself in the same way.
@@ -144,9 +150,11 @@ fig.canvas.draw()
 # Dense :math:`K` shows stripes at distance eight: pixels above each other.
 # Each structure keeps the part of this picture that it has room for.
 
+# sphinx_gallery_start_ignore
 K = paths["dense"][-1].dense()
 stripe, between = (K.diagonal(j).abs().mean() for j in (8, 5))
 assert stripe > 1.5 * between
+# sphinx_gallery_end_ignore
 
 # %%
 # What storage buys
@@ -168,8 +176,9 @@ def dots(values, notes, **labels):
     """One dot for each structure, sorted, with a note beside it."""
     names = sorted(values, key=values.get)[::-1]
     _, ax = plt.subplots(figsize=(5.2, 4.4))
-    ax.plot([values[name] for name in names], names, "o")
     for name in names:
+        color = next(FAMILY[part] for part in FAMILY if part in name)
+        ax.plot(values[name], name, "o", color=color)
         text = dict(xytext=(8, 0), textcoords="offset points", va="center")
         ax.annotate(notes[name], (values[name], name), **text)
     ax.set(**labels)
@@ -186,12 +195,14 @@ dots(
     xlim=(-4, 78),
 )
 
-assert abs(gap["dense"]) < 0.5
 first, second = sorted(gap, key=gap.get)[1:3]
+# sphinx_gallery_start_ignore
+assert abs(gap["dense"]) < 0.5
 assert (first, second) == ("hierarchical15_15", "block30diagonal")
 assert round(share[first], 2) == 0.42
 assert round(share[second], 2) == 0.44
 assert max(gap, key=gap.get) == "diagonal"
+# sphinx_gallery_end_ignore
 
 # %%
 # After dense, ``hierarchical15_15`` and ``block30diagonal`` have the smallest
@@ -226,9 +237,11 @@ dots(
     xlim=(None, 60),
 )
 
+# sphinx_gallery_start_ignore
 assert all(n < stored["dense"] / 20 for k, n in stored.items() if k != "dense")
 for name in (first, second):
     assert round(stored[name] / stored["dense"], 2) == 0.03
+# sphinx_gallery_end_ignore
 
 # %%
 # The four rank-4 triangles store equally much. Yet two of them leave nearly
