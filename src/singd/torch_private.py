@@ -134,3 +134,24 @@ def reduce_scatter(output: Tensor, everything: Tensor, **kw: Any) -> Any:
     """``reduce_scatter_single``, as it is called since torch 2.13, or ``reduce_scatter_tensor`` before."""
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return scatter(output, everything, **kw)
+
+
+def lerp_all_(tensors: Any, ends: Any, weight: float) -> None:
+    """``a.lerp_(b, weight)`` for many tensors in one call, which saves a CPU most of the time."""
+    torch._foreach_lerp_(tensors, ends, weight)
+
+
+def lerp_all(tensors: Any, ends: Any, weight: float) -> list[Tensor]:
+    """``a.lerp(b, weight)`` for many tensors."""
+    return list(torch._foreach_lerp(tensors, ends, weight))
+
+
+def root_mean_squares(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
+    """The root mean square of many tensors, each 0-d, summed in a dtype."""
+    norms = torch._foreach_norm(tensors, 2, dtype=dtype)
+    return list(torch._foreach_div(norms, [t.numel() ** 0.5 for t in tensors]))
+
+
+def scaled_all(tensors: Any, scales: Any) -> list[Tensor]:
+    """Many tensors, each times a number of its own."""
+    return list(torch._foreach_mul(tensors, scales))
