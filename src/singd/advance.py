@@ -36,7 +36,7 @@ def advance(
         state.update(start, step=0, last_update=-1, updates=0)
         factors.started = True
     step, updates = state["step"], state["updates"]
-    if collector.attempt.setdefault(block, step) != step:
+    if collector.attempt.steps.setdefault(block, step) != step:
         return  # it has taken part already in a step that failed later, and is tried again
     if lr_cov is None:
         state["step"] = step + 1

@@ -13,8 +13,8 @@ from singd.blocks import Block
 from singd.state import COUNTERS
 from singd.structures import from_recursive_layout
 from singd.torch_private import local_part
+from singd.weight_steps import MOMENTS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, which may be wider than the parameter
 Group = Mapping[str, Any]
 
 
@@ -143,7 +143,7 @@ def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
 
 
 def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
-    mine = tuple(s.name for s in groups.resolve(block.group["structures"])), block.rule.name
+    mine = tuple(s.name for s in groups.resolve(block.group["structures"])), block.rule.spelling
     rule = "ikfac" if saved.get("kfac_like") else saved.get("rule", "singd")
     theirs = tuple(saved.get("structures", mine[0])), rule
     for what, my, their in zip(("structures", "the rule"), mine, theirs, strict=True):

@@ -362,5 +362,5 @@ def saved(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group's options as plain values for a checkpoint: names for structures and rules, no callables."""
     plain = {name: value for name, value in group.items() if not callable(value)}
     plain["structures"] = tuple(s.name for s in resolve(group["structures"]))
-    plain["rule"] = find_rule(group["rule"]).name
+    plain["rule"] = find_rule(group["rule"]).spelling
     return plain

@@ -24,6 +24,7 @@ from singd.processes.ddp import DDPDetector
 from singd.rules import INPUT, OUTPUT, Rule
 from singd.statistics import Statistics, gathered
 from singd.structures import StructuredMatrix
+from singd.weight_steps import Attempt
 from singd.witness import Witness
 
 WARNINGS = {
@@ -52,7 +53,7 @@ class Collector:
         grad_scaler: What scales the loss, or None.
         ddp: What ran the forwards.
         block_of: The block of each layer.
-        attempt: The step that each block has taken part in since the last forward: one that failed is tried again.
+        attempt: What the step has done that runs, or that failed.
         witness: Looks whether the calls of a layer make up its gradient.
     """
 
@@ -64,7 +65,7 @@ class Collector:
         self.ddp = DDPDetector()
         self.block_of: dict[nn.Module, Block] = {}
         self._cleared: dict[Block, Statistics] = {}
-        self.attempt: dict[Block, int] = {}
+        self.attempt = Attempt()
         self._told: set[Any] = set()  # each warning is given once
         self._said: Any = ()  # what the groups' options were when they were checked last
         self._draws = fisher.DRAWS[0]
@@ -88,7 +89,7 @@ class Collector:
     def saw_forward(self) -> None:
         """Note that a forward runs: what comes is another step than one that failed."""
         if torch_private.backward_number() == -1:  # else activation checkpointing repeats one
-            self.attempt.clear()
+            self.attempt = Attempt()
             if dist.is_available() and dist.is_initialized():
                 self.ddp.saw_forward()
 
@@ -152,7 +153,10 @@ class Collector:
         """Forget the statistics with the gradients (but `collect(False)` brings them back)."""
         self._cleared = self.statistics or self._cleared
         self.statistics = {}
-        self.attempt = {}
+        self._forget_forwards()
+        self.attempt = Attempt()
+
+    def _forget_forwards(self) -> None:
         if self.ddp.inside or self.ddp.outside:
             self.ddp.clear()
 
@@ -168,10 +172,15 @@ class Collector:
         if before != self._draws and self._cleared and self.statistics:
             self.warn(None, "lost", stacklevel=6)
 
-    def finish(self) -> None:
-        """A step has ended: its statistics are used up."""
-        self.clear()
-        self._cleared = {}
+    def finish(self, loss: Any) -> Any:
+        """A step has ended: its statistics are used up; the loss is passed on.
+
+        That the step has ended is noted last, and in the line that returns: an exception up to there finds a step
+        of which nothing is left to do.
+        """
+        self.statistics, self._cleared = {}, {}
+        self._forget_forwards()
+        return (vars(self).update(attempt=Attempt()), loss)[1]
 
     def miss(self, block: Block) -> None:
         """Warn once of a block that has a gradient, but no statistics."""

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from singd import checkpoint, groups, plan, report, scaler, torch_private, weight_steps
+from singd import checkpoint, groups, plan, report, scaler, torch_private
 from singd.advance import advance
 from singd.blocks import Block
 from singd.hooks import Collector
 from singd.precision import without_autocast
 from singd.processes import collectives, exchange
 from singd.processes.ownership import Ownership
+from singd.weight_steps import WeightSteps
 
 
 @cache
@@ -294,20 +295,19 @@ class SINGD(torch.optim.Optimizer):
                 mine = owners is None or owners.keeps(block)
                 of = (lr_covs.get(block), statistics.get(block), mine, self._collector)
                 advance(block, self.state[block.weight], *of)
-            of_all = (self.state, self._group_of, owners, self.cache_products, rehearsal)
-            weight_steps.NaturalSteps(*of_all).take(used)
+            steps = WeightSteps(self.state, self._group_of, self._collector.attempt)
+            steps.take(used, owners, self.cache_products, rehearsal)
         for block in used:
             lr = block.group["lr"]
             block.last_lr = lr.clone() if isinstance(lr, Tensor) else lr
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
-                weight_steps.adamw_step(group, self.state)
+                steps.adamw(group)
         if rehearsal:
             checkpoint.rewind(self.state)
         elif owners is not None:
             owners.broadcast_factors(self._blocks, used, self.state)
-        self._collector.finish()
-        return loss
+        return self._collector.finish(loss)
 
     @property
     def grad_scaler(self) -> Any:
@@ -388,6 +388,7 @@ class SINGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         grad_scaler = state.pop("grad_scaler", None)
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it to every copy
         if "_plan" in state:  # a copy or an unpickled optimizer, not torch's load_state_dict
             self._collector, self._checked = Collector(grad_scaler), {}
             self._index()

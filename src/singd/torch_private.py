@@ -7,7 +7,8 @@ on, in which this file has not been tried.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,6 +125,16 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def on_all(
+    name: str, tensors: Sequence[Tensor], others: Sequence[Tensor], **kw: Any
+) -> list[Callable[[], Any]]:
+    """The calls of a method on many tensors, each with another one; a single one, where a device gains by that."""
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in (*tensors, *others))
+    if plain and tensors[0].device.type != "cpu":
+        return [partial(getattr(torch, f"_foreach_{name}"), tensors, others, **kw)]
+    return [partial(getattr(t, name), o, **kw) for t, o in zip(tensors, others, strict=True)]
+
+
 def all_gather(output: Tensor, mine: Tensor, **kw: Any) -> Any:
     """``all_gather_single``, as it is called since torch 2.13, or ``all_gather_into_tensor`` before."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -136,14 +147,11 @@ def reduce_scatter(output: Tensor, everything: Tensor, **kw: Any) -> Any:
     return scatter(output, everything, **kw)
 
 
-def lerp_all_(tensors: Any, ends: Any, weight: float) -> None:
-    """``a.lerp_(b, weight)`` for many tensors in one call, which saves a CPU most of the time."""
-    torch._foreach_lerp_(tensors, ends, weight)
-
-
 def lerp_all(tensors: Any, ends: Any, weight: float) -> list[Tensor]:
-    """``a.lerp(b, weight)`` for many tensors."""
-    return list(torch._foreach_lerp(tensors, ends, weight))
+    """``a.lerp(b, weight)`` for many tensors, in one call where all are plain, which saves a CPU much time."""
+    if all(type(t) in (Tensor, nn.Parameter) for t in (*tensors, *ends)):
+        return list(torch._foreach_lerp(tensors, ends, weight))
+    return [a.lerp(b, weight) for a, b in zip(tensors, ends, strict=True)]
 
 
 def root_mean_squares(tensors: Any, dtype: torch.dtype) -> list[Tensor]:

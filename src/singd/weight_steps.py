@@ -1,15 +1,21 @@
-"""The step on the weights: momentum, direction, size, and torch's own SGD and AdamW to take it."""
+"""The steps on the weights: momentum, direction and size, and the moves along it, as SGD and AdamW make them.
+
+A parameter and what is kept of its steps change together, without a line of Python in between: an exception,
+Ctrl-C included, finds all of it done or nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import methodcaller
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from singd import torch_private
 from singd.blocks import Block, gradient_of
@@ -17,8 +23,33 @@ from singd.precision import accumulation_dtype, wide_dtype
 from singd.processes import collectives
 from singd.processes.ownership import Ownership
 
-CACHE = 2**18
-"""How many bytes of weights a CPU moves at a time: they are still in its cache, and small tensors share calls."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, which may be wider than the parameter."""
+
+TOGETHER = 2**16
+"""How many numbers a CPU moves at a time: so many are still in its cache, and small tensors share a call."""
+TOGETHER_ELSEWHERE = 2**24
+"""The same on other devices: few calls, and little memory for what is not stored yet."""
+
+
+class Direction(NamedTuple):
+    """Where a parameter moves to, and the root mean square that the move is scaled to, or None."""
+
+    tensor: Tensor
+    rms: float | None
+
+
+@dataclass
+class Attempt:
+    """What a step has done; one that failed is tried again with the same attempt, and does what is left.
+
+    Attributes:
+        steps: The layers whose factors took part, each with how many steps it had taken before.
+        moved: The parameters that have moved.
+    """
+
+    steps: dict[Any, int] = field(default_factory=dict)
+    moved: set[nn.Parameter] = field(default_factory=set)
 
 
 def keeps_products(block: Block, wanted: bool | None) -> bool:
@@ -30,57 +61,69 @@ def keeps_products(block: Block, wanted: bool | None) -> bool:
 
 
 @dataclass
-class NaturalSteps:
-    """Moves the parameters of layers along their directions, in one step of the optimizer.
-
-    A CPU moves parameters while their directions are computed and still in its cache; other devices move all
-    parameters of a group in one call, as torch's own optimizers do.
+class WeightSteps:
+    """The steps on all weights.
 
     Attributes:
-        states: The optimizer's state by parameter; momentum buffers are kept in it.
-        group_of: Each parameter's group.
-        owners: Which process keeps which layer; None where each keeps all.
-        cache_products: Whether products of the factors are kept between updates; None: where they are small.
-        rehearsal: Whether all gradients are zero, and no factors needed.
+        states: The optimizer's state by parameter; momenta are kept in it.
+        group_of: Each parameter's param_group.
+        attempt: Parameters that have moved already are left alone.
+        momenta: New ones, that are stored when their parameter moves.
     """
 
     states: MutableMapping[Any, dict[str, Any]]
     group_of: Mapping[nn.Parameter, dict[str, Any]]
-    owners: Ownership | None
-    cache_products: bool | None
-    rehearsal: bool
+    attempt: Attempt
+    momenta: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
-    def take(self, blocks: Sequence[Block]) -> None:
-        """One step of the layers that take part in it."""
-        waiting: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}  # what can move in one call
-        size = 0
-        found = self._preconditioned(blocks)
-        if self.owners is not None:
-            found = self.owners.directions(found, self.rehearsal)
-        for block, N in found:
-            rms, parts = block.group["match_rms"], block.parts(N)
-            for p, d in zip(block.params, parts, strict=False):
-                if d is not None and p.grad is not None:
-                    alike = (id(self.group_of[p]), rms, d.dtype, d.device)
-                    waiting.setdefault(alike, []).append((p, d))
-                    size += p.nbytes
-            if N.device.type == "cpu" and size >= CACHE:
-                self._move(waiting)
-                size = 0
-        self._move(waiting)
+    def take(
+        self,
+        blocks: Sequence[Block],
+        owners: Ownership | None,
+        cache_products: bool | None,
+        rehearsal: bool,
+    ) -> None:
+        """Move the parameters of layers along their directions, on a CPU while these are still in its cache.
 
-    def _preconditioned(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Any]]:
-        """The direction of each layer, [d_o, d_i]; None where another process computes it."""
-        for block, dW in self._averaged(blocks):
-            if self.rehearsal:
-                yield block, dW  # it is zero
-            elif self.owners is not None and not self.owners.keeps(block):
-                yield block, None
-            else:
-                keep = block.group["T"] != 1 and keeps_products(block, self.cache_products)
-                rule, state = block.rule, self.states[block.weight]
-                prepared = block.factors.prepared(rule, state, keep, block.weight.device)
-                yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
+        Other devices move many parameters of a group in one call, as torch's own optimizers do.
+
+        Args:
+            blocks: Those that take part in a step.
+            owners: Which process keeps which layer; None where each keeps all.
+            cache_products: Whether products of the factors are kept between updates; None: where they are small.
+            rehearsal: Whether all gradients are zero, and no factors needed.
+        """
+
+        def preconditioned() -> Iterator[tuple[Block, Any]]:
+            for block, dW in self._averaged(blocks):
+                if rehearsal:
+                    yield block, dW  # it is zero
+                elif owners is not None and not owners.keeps(block):
+                    yield block, None  # another process computes it
+                else:
+                    keep = block.group["T"] != 1 and keeps_products(block, cache_products)
+                    rule, state = block.rule, self.states[block.weight]
+                    prepared = block.factors.prepared(rule, state, keep, block.weight.device)
+                    yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
+
+        def directions() -> Iterator[tuple[nn.Parameter, Direction | None]]:
+            found = preconditioned()
+            for block, N in owners.directions(found, rehearsal) if owners is not None else found:
+                rms = block.group["match_rms"]
+                for p, d in zip(block.params, block.parts(N), strict=False):
+                    if p.grad is None or d is not None:
+                        yield p, None if p.grad is None or d is None else Direction(d, rms)
+
+        for pairs in self._together(directions()):
+            alike: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
+            for p, d in pairs:
+                if d is not None:
+                    kind = id(self.group_of[p]), d.rms, d.tensor.dtype, d.tensor.device
+                    alike.setdefault(kind, []).append((p, d.tensor))
+                elif p in self.momenta:  # it has no gradient, so that only its momentum moves
+                    self._store([p], [{"momentum_buffer": self.momenta[p]}], [])
+            for (_, rms, *_), some in alike.items():
+                self._sgd([p for p, _ in some], [d for _, d in some], rms)
 
     def _averaged(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
         """The averaged gradient of each layer as a matrix, [d_o, d_i], whole.
@@ -96,7 +139,7 @@ class NaturalSteps:
         for i, block in enumerate(blocks):
             portion.append(block)
             size += sum(p.nbytes for p in params_of[block])
-            if size >= (CACHE if in_cache else collectives.BUCKET) or i == len(blocks) - 1:
+            if size >= (4 * TOGETHER if in_cache else collectives.BUCKET) or i == len(blocks) - 1:
                 vectors = self._averaged_gradients([p for b in portion for p in params_of[b]])
                 if sharded:
                     vectors = collectives.gathered(vectors)
@@ -118,45 +161,105 @@ class NaturalSteps:
             if group["momentum_on"] != "gradient" or alpha_2 == 0:
                 continue
             some = [p for p in params if self.group_of[p] is group]
-            B = [self._buffer(p, found[p]) for p in some]
-            g = [found[p].to(b.dtype) for p, b in zip(some, B, strict=True)]
-            torch_private.lerp_all_(B, g, 1 - alpha_2)
+            g = [found[p].to(p.dtype) for p in some]
+            kept = [self.states.get(p, {}).get("momentum_buffer", found[p]) for p in some]
+            old = [_beside(buffer, p) for buffer, p in zip(kept, some, strict=True)]
+            B = torch_private.lerp_all(old, g, 1 - alpha_2)
+            self.momenta.update(zip(some, B, strict=True))
             V = torch_private.lerp_all(g, B, alpha_2) if group["nesterov"] else B
             found.update(zip(some, V, strict=True))
         return found
 
-    def _buffer(self, p: nn.Parameter, first: Tensor | None) -> Tensor:
-        """The momentum of a parameter, beside it; at first a copy of a tensor, or zeros."""
-        buffer = self.states[p].get("momentum_buffer")
-        if buffer is None:
-            buffer = torch.zeros_like(p) if first is None else first.clone()
-        buffer = self.states[p]["momentum_buffer"] = _beside(buffer, p)
-        return buffer
+    def _sgd(self, params: list[Any], directions: list[Tensor], rms: float | None) -> None:
+        """Move parameters of one group, with its weight decay and momentum, as `torch.optim.SGD` does."""
+        group = self.group_of[params[0]]
+        lr, alpha_2, decay = group["lr"], group["momentum"], group["weight_decay"]
+        moves = directions if rms is None else matched(directions, rms)
+        for i, p in enumerate(params):
+            d = moves[i].to(p.dtype)
+            d = collectives.placed_like(d, p) if _is_sharded(p) else d
+            if decay != 0:
+                d = d.add(p, alpha=decay)
+            if group["momentum_on"] == "direction" and alpha_2 != 0:
+                old = self.states[p].get("momentum_buffer")
+                new = d.clone() if old is None else (_beside(old, p) * alpha_2).add_(d)
+                self.momenta[p] = new
+                d = d.add(new, alpha=alpha_2) if group["nesterov"] else new
+            moves[i] = d
+        stored = [{"momentum_buffer": self.momenta[p]} if p in self.momenta else {} for p in params]
+        alpha = -(lr.item() if isinstance(lr, Tensor) else lr)
+        self._store(params, stored, torch_private.on_all("add_", params, moves, alpha=alpha))
 
-    def _move(self, waiting: dict[Any, list[tuple[Any, Tensor]]]) -> None:
-        """Move parameters along their directions, with the momentum that stands after these."""
-        for (_, rms, *_), pairs in waiting.items():
-            params, directions = map(list, zip(*pairs, strict=True))
-            group = self.group_of[params[0]]
-            after = group["momentum_on"] == "direction" and group["momentum"] != 0
-            if rms is not None:
-                directions = matched(directions, rms)
-            for i, p in enumerate(params):
-                d = directions[i].to(p.dtype)
-                directions[i] = collectives.placed_like(d, p) if _is_sharded(p) else d
-            sgd(
-                params,
-                directions,
-                [self._buffer(p, None) if after else None for p in params],
-                foreach=None if any(map(_is_sharded, params)) else True,
-                lr=group["lr"],
-                momentum=group["momentum"] if after else 0.0,
-                weight_decay=group["weight_decay"],
-                dampening=0.0,
-                nesterov=after and group["nesterov"],
-                maximize=False,
-            )
-        waiting.clear()
+    def adamw(self, group: dict[str, Any]) -> None:
+        """One step of AdamW on all parameters of a group that have a gradient."""
+        with_gradient = ((p, p.grad) for p in group["params"] if p.grad is not None)
+        for pairs in self._together(with_gradient):
+            self._adamw(group, [p for p, _ in pairs], [g for _, g in pairs])
+
+    def _adamw(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> None:
+        new = [_moments(p, self.states[p]) for p in params]
+        # OneCycleLR and CyclicLR cycle one momentum for all groups, and note the largest in each.
+        beta1 = group["momentum"] if "max_momentum" in group else group["betas"][0]
+        first, second, steps = ([s[name] for s in new] for name in (*MOMENTS, "step"))
+        # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
+        wide = [p.to(accumulation_dtype(p.dtype), copy=True) for p in params]
+        adamw(
+            wide,
+            [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)],
+            first,
+            second,
+            [],
+            steps,
+            fused=_one_pass([*wide, *grads, *first, *second]) or None,
+            has_complex=any(p.is_complex() for p in params),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        self._store(params, new, torch_private.on_all("copy_", params, wide))
+
+    def _store(self, params: list[Any], new: list[Any], calls: Sequence[Callable[[], Any]]) -> None:
+        """Move parameters, store what is kept of them, and note it; no signal is heard between these calls.
+
+        Args:
+            params: The parameters.
+            new: What their states take up, one mapping for each.
+            calls: What moves them: one call for each, or one for all.
+        """
+        stores = [partial(self.states[p].update, s) for p, s in zip(params, new, strict=True)]
+        marks = [partial(self.attempt.moved.add, p) for p in params]
+        if len(calls) == len(params):
+            calls = [c for some in zip(calls, stores, marks, strict=True) for c in some]
+        else:
+            calls = [*calls, *stores, *marks]
+        deque(map(methodcaller("__call__"), calls), maxlen=0)
+
+    def _together(self, pairs: Iterable[tuple[nn.Parameter, Any]]) -> Iterator[list[Any]]:
+        """Parameters that have not moved, with something that belongs to them, a few at a time."""
+        waiting, numbers = [], 0
+        for p, thing in pairs:
+            if p not in self.attempt.moved:
+                waiting.append((p, thing))
+                numbers += p.numel()
+                if numbers >= (TOGETHER if p.device.type == "cpu" else TOGETHER_ELSEWHERE):
+                    yield waiting
+                    waiting, numbers = [], 0
+        if waiting:
+            yield waiting
+
+
+def _moments(p: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """AdamW's count and averages as new tensors, which the step may change."""
+    wide = accumulation_dtype(p.dtype)
+    if "exp_avg" not in state:
+        averages = {name: torch.zeros_like(p, dtype=wide) for name in MOMENTS}
+        return {"step": torch.zeros((), dtype=torch.float32), **averages}
+    averages = {n: state[n].to(device=p.device, dtype=wide, copy=True) for n in MOMENTS}
+    return {"step": state["step"].clone(), **averages}
 
 
 def _is_sharded(p: nn.Parameter) -> bool:
@@ -170,49 +273,6 @@ def matched(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
     sizes = torch.stack(torch_private.root_mean_squares(directions, dtype))
     least = 2**20 * torch.finfo(dtype).tiny  # so that the scale of zeros is finite
     return torch_private.scaled_all(directions, (rms / sizes.clamp(min=least)).unbind())
-
-
-def adamw_step(group: dict[str, Any], states: MutableMapping[Any, dict[str, Any]]) -> None:
-    """One step of AdamW on the parameters of a group that have a gradient.
-
-    Args:
-        group: The param_group.
-        states: The optimizer's state by parameter; the moments are kept in it.
-    """
-    params = [p for p in group["params"] if p.grad is not None]
-    moments = ("exp_avg", "exp_avg_sq")
-    wide = [p.to(accumulation_dtype(p.dtype)) for p in params]
-    for p, w in zip(params, wide, strict=True):
-        state = states[p]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state.update({name: torch.zeros_like(w) for name in moments})
-        state.update({name: _beside(state[name], w) for name in moments})
-    # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
-    grads = [p.grad.to(w.dtype) for p, w in zip(params, wide, strict=True) if p.grad is not None]
-    averages, squares = ([states[p][name] for p in params] for name in moments)
-    # OneCycleLR and CyclicLR cycle one momentum for all groups, and note the largest in each.
-    beta1 = group["momentum"] if "max_momentum" in group else group["betas"][0]
-    adamw(
-        wide,
-        grads,
-        averages,
-        squares,
-        [],
-        [states[p]["step"] for p in params],
-        fused=_one_pass([*wide, *grads, *averages, *squares]) or None,
-        has_complex=any(p.is_complex() for p in params),
-        amsgrad=False,
-        beta1=beta1,
-        beta2=group["betas"][1],
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
-    for p, w in zip(params, wide, strict=True):
-        if w is not p:
-            p.copy_(w)
 
 
 def _one_pass(tensors: Sequence[Tensor]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from singd.kernels.patches import Patches, Window
+from singd.kernels.patches import Patches, Window, windows
 from singd.kernels.registry import KERNELS, Kernel, kernel, register_kernel, use
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Window",
     "block_gram",
     "diagonal_sums",
-    "few_columns_pay",
     "kernel",
     "matmul",
     "matmul_symmetric",
@@ -62,12 +61,6 @@ def block_gram(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return X @ X.mT, last @ last.T
 
 
-@kernel
-def few_columns_pay(like: Tensor) -> bool:
-    """Whether to multiply a few columns of rows rather than all: fewer numbers, but more operators to start."""
-    return False
-
-
 def toeplitz(t: Tensor, upper: bool) -> Tensor:
     """The triangular Toeplitz matrix, [n, n], of a vector t, [n]: its first row if ``upper``, else its column."""
     T = pad(t, (len(t) - 1, 0)).unfold(0, len(t), 1).flip(0)
@@ -104,10 +97,11 @@ def patch_sums(p: Patches, squared: bool) -> Tensor:
     return (X.square() if squared else X).sum(1)
 
 
-@kernel
 def patch_means(p: Patches) -> Tensor:
     """The mean over the places, for each example, [B, d]."""
-    return p.unfold().unflatten(1, (len(p.x), p.places.numel())).mean(2).T
+    places = tuple(range(2, p.x.ndim))
+    parts = [windows(part.padded(), p.window).mean(places).flatten(1) for part in p.split()]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 @kernel

@@ -56,45 +56,19 @@ def symmetric_share(n: int) -> float:
     return 0.6 if n > 2 * BLOCK else 0.8 if n > BLOCK else 1.0
 
 
-def _blocks(n: int) -> list[tuple[int, int]]:
-    """The rows of each block, (start, stop)."""
-    # Narrow blocks multiply more slowly, wide ones form more of the other half: best about n / 8.
-    width = max(BLOCK, min(128, n // 8 // 32 * 32))
-    return [(start, min(start + width, n)) for start in range(0, n, width)]
-
-
 def matmul_symmetric(L: Tensor, R: Tensor) -> Tensor:
     """L R where that is symmetric: the lower half is multiplied, block by block, and mirrored."""
     n, m = L.shape
     if not halving_pays(n, m) or _differentiated(L, R):
         return matmul(L, R)
     product = empty_padded(L, n, n)
-    for start, stop in _blocks(n):
-        torch.mm(L[start:stop], R[:, :stop], out=product[start:stop, :stop])
-    return mirror_(product)
-
-
-def add_symmetric_(total: Tensor, L: Tensor, R: Tensor) -> None:
-    """Add L R, symmetric, to the lower half of a total; what is above the diagonal has no meaning.
-
-    Args:
-        total: [n, n], of the same or a wider dtype; `mirror_` completes it after the last addition.
-        L: [n, m].
-        R: [m, n].
-    """
-    n, m = L.shape
-    if total.dtype != L.dtype:
-        total += L @ R
-        return
-    for start, stop in _blocks(n) if halving_pays(n, m) else [(0, n)]:
-        total[start:stop, :stop].addmm_(L[start:stop], R[:, :stop])
-
-
-def mirror_(total: Tensor) -> Tensor:
-    """Copy the lower half of a matrix, [n, n], over the upper one, where only that was formed."""
-    for start, stop in _blocks(len(total)):
-        total[:start, start:stop] = total[start:stop, :start].T
-    return total
+    # Narrow blocks multiply more slowly, wide ones form more of the other half: best about n / 8.
+    width = max(BLOCK, min(128, n // 8 // 32 * 32))
+    for start in range(0, n, width):
+        rows = slice(start, min(start + width, n))
+        torch.mm(L[rows], R[:, : rows.stop], out=product[rows, : rows.stop])
+        product[:start, rows] = product[rows, :start].T
+    return product
 
 
 def block_gram(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -120,5 +94,4 @@ def _rounding_pays(A: Tensor, k: int) -> bool:
 
 register_kernel("matmul", "cpu", matmul)
 register_kernel("matmul_symmetric", "cpu", matmul_symmetric)
-register_kernel("few_columns_pay", "cpu", lambda like: True)
 register_kernel("block_gram", "cpu", block_gram, _rounding_pays)

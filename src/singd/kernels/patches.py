@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-from singd.kernels.registry import kernel
+CHUNK_BYTES = 2 * 2**20
+"""How much is padded and unfolded at a time on a CPU; so much also stays in the cache."""
 
 
 class Window(NamedTuple):
@@ -51,14 +52,12 @@ class Patches:
         x: The input before its padding, [B, C, ...].
         pad: Pads any tensor [*, *, ...] with the input's last sizes.
         sizes: The sizes *n of the padded input.
-        zeros: For each axis, how many rows at its start and its end are known to be zero.
         window: The window.
     """
 
     x: Tensor
     pad: Callable[[Tensor], Tensor]
-    sizes: tuple[int, ...]
-    zeros: list[tuple[int, int]]
+    sizes: Size
     window: Window
 
     @property
@@ -81,25 +80,18 @@ class Patches:
 
     def unfold(self) -> Tensor:
         """All patches as columns, channel-major, [d, B * places]."""
-        view = windows(self.padded(), self.window)  # [B, C, *places, *k]
-        places, offsets = range(2, self.x.ndim), range(self.x.ndim, view.ndim)
-        columns = view.permute(1, *offsets, 0, *places)
-        return columns.flatten(1 + len(offsets)).flatten(0, len(offsets))
+        return unfold(self.padded(), self.window)
 
-    def split(self, growth: float) -> Iterator[Patches]:
-        """Parts of the batch, which stacked are this one, small enough to work on where that is faster.
+    def split(self, unfolded: float = 0.0) -> Iterator[Patches]:
+        """Parts of the batch, which stacked are this one: so small on a CPU that they stay in its cache.
 
         Args:
-            growth: How many numbers are made of each number of the padded input.
+            unfolded: How many numbers will be made of each example, beside the padded input.
         """
-        bytes_each = self.x.shape[1] * Size(self.sizes).numel() * self.x.element_size() * growth
-        return (replace(self, x=part) for part in batches(self.x, bytes_each))
-
-
-@kernel
-def batches(x: Tensor, bytes_each: float) -> tuple[Tensor, ...]:
-    """A batch x [B, ...] in parts, of examples that take so much memory each: all of it in one."""
-    return (x,)
+        padded = self.x.shape[1] * self.sizes.numel()
+        bytes_each = max(1.0, self.x.element_size() * (padded + unfolded))
+        most = int(CHUNK_BYTES / bytes_each) if self.device.type == "cpu" else len(self.x)
+        return (replace(self, x=part) for part in self.x.split(max(1, most)))
 
 
 def windows(x: Tensor, window: Window) -> Tensor:
@@ -116,3 +108,11 @@ def windows(x: Tensor, window: Window) -> Tensor:
     for i, (k, s, d) in enumerate(zip(*window, strict=True)):
         x = x.unfold(first + i, (k - 1) * d + 1, s)[..., ::d]
     return x
+
+
+def unfold(x: Tensor, window: Window) -> Tensor:
+    """The patches of x [B, C, *rest, *n] as columns: [C * k, *rest, B * places]."""
+    view, axes = windows(x, window), len(window.size)  # [B, C, *rest, *o, *k]
+    rest, places = range(2, x.ndim - axes), range(x.ndim - axes, x.ndim)
+    columns = view.permute(1, *range(x.ndim, view.ndim), *rest, 0, *places)
+    return columns.flatten(1 + axes + len(rest)).flatten(0, axes)

@@ -105,11 +105,17 @@ class LayerKind(ABC):
         Returns:
             Rows [m, d_i].
         """
+        rows = self.bare_rows(layer, x, approx, dtype, output_shape)
+        return WithOnes(rows) if bias else rows
+
+    def bare_rows(
+        self, layer: Any, x: Tensor, approx: Approx, dtype: torch.dtype, output_shape: Size | None
+    ) -> Rows:
+        """The rows of inputs without the column of ones; see `input_rows`."""
         a = self.inputs(layer, x)
         # The mean over no positions is not a number: such a forward has no rows.
         mean = approx == "reduce" and a.shape[1] > 0
-        rows = DenseRows(a.mean(1, dtype=dtype) if mean else a.to(dtype))
-        return WithOnes(rows) if bias else rows
+        return DenseRows(a.mean(1, dtype=dtype) if mean else a.to(dtype))
 
     def grad_rows(
         self, layer: Any, g: Tensor, x: Tensor, *, approx: Approx, dtype: torch.dtype

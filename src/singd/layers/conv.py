@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from singd import kernels
 from singd.kernels import Patches, Window
 from singd.layers.base import Approx, LayerKind
-from singd.rows import DenseRows, Rows, WithOnes
-
-Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+from singd.rows import DenseRows, Rows
 
 
 class PatchRows(Rows):
@@ -53,43 +52,45 @@ class PatchRows(Rows):
         p, k = self.patches, self.patches.window.numel
         first = min(start // k, p.x.shape[1] - 1)
         last = max(first + 1, -(-stop // k))
-        some = Patches(p.x[:, first:last], p.pad, p.sizes, p.zeros, p.window)
+        some = replace(p, x=p.x[:, first:last])
         return some.unfold().T[:, start - first * k : stop - first * k]
 
     def split(self) -> Iterator[Rows]:
-        p = self.patches
-        growth = p.window.numel * self.shared / max(1, Size(p.sizes).numel())
-        return (PatchRows(part) for part in p.split(1.0 + growth))
+        return map(PatchRows, self.patches.split(self.width * self.shared))
 
 
-class PatchKind(LayerKind):
-    """Layers that slide a kernel over a padded input: one shared position per place of the kernel.
+class ConvKind(LayerKind):
+    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` with all options: one shared position per place of the kernel.
 
     The channel groups share one input factor: their patches are averaged. The law of `LayerKind`
     then holds for each group's own patches instead.
     """
 
-    @abstractmethod
     def stride(self, layer: Any) -> tuple[int, ...]:
         """The kernel's steps over the padded input."""
+        return layer.stride
 
-    @abstractmethod
-    def padding(self, layer: Any, sizes: Size, output: Size | None) -> list[tuple[int, int]]:
-        """How much to add to each axis before and after; negative to cut off.
+    def extents(self, layer: Any, sizes: Size, output: Size | None) -> list[tuple[int, int, int]]:
+        """For each axis, how much is padded before, the input's extent as the kernel meets it, and how much after.
 
         Args:
             layer: A layer of this kind.
-            sizes: The input's sizes *n as the kernel meets them, before any padding: see `spaced`.
+            sizes: The input's sizes *n.
             output: The sizes of the output, where known.
         """
+        if layer.padding == "valid":
+            return [(0, n, 0) for n in sizes]
+        if layer.padding == "same":  # an even kernel has one more behind than before
+            return [
+                (e // 2, n, e - e // 2) for n, e in zip(sizes, receptive_extent(layer), strict=True)
+            ]
+        return [(int(p), n, int(p)) for n, p in zip(sizes, layer.padding, strict=True)]
 
-    @abstractmethod
-    def padded(self, layer: Any, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
-        """A tensor x [B, C, *n] with any number of channels, spaced and padded."""
-
-    def spaced(self, layer: Any, sizes: Size) -> Size:
-        """The input's sizes *n as the kernel meets them, before any padding."""
-        return sizes
+    def padded(self, layer: Any, x: Tensor, extents: list[tuple[int, int, int]]) -> Tensor:
+        """A tensor x [B, C, *n] with any number of channels, padded; negative padding cuts off."""
+        padding = [p for before, _, after in reversed(extents) for p in (before, after)]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        return F.pad(x, padding, mode=mode)
 
     def patches(
         self, layer: Any, x: Tensor, dtype: torch.dtype, output_shape: Size | None = None
@@ -99,17 +100,10 @@ class PatchKind(LayerKind):
         x = (x if x.ndim == axes + 2 else x[None]).to(dtype)
         if layer.groups > 1:
             x = x.unflatten(1, (layer.groups, -1)).mean(1)
-        sizes = self.spaced(layer, x.shape[2:])
-        padding = self.padding(layer, sizes, None if output_shape is None else output_shape[-axes:])
-
-        def pad(part: Tensor) -> Tensor:
-            return self.padded(layer, part, padding)
-
-        padded_sizes = tuple(n + sum(both) for n, both in zip(sizes, padding, strict=True))
-        zero = layer.padding_mode == "zeros"
-        zeros = [(max(0, b), max(0, a)) if zero else (0, 0) for b, a in padding]
+        extents = self.extents(layer, x.shape[2:], output_shape and output_shape[-axes:])
         window = Window(layer.kernel_size, self.stride(layer), layer.dilation)
-        return PatchRows(Patches(x, pad, padded_sizes, zeros, window))
+        pad = partial(self.padded, layer, extents=extents)
+        return PatchRows(Patches(x, pad, Size(map(sum, extents)), window))
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
         rows = self.patches(layer, x, x.dtype)
@@ -119,45 +113,13 @@ class PatchKind(LayerKind):
         batched = g if g.ndim == len(layer.kernel_size) + 2 else g[None]
         return batched.flatten(2).mT
 
-    def input_rows(
-        self,
-        layer: Any,
-        x: Tensor,
-        *,
-        approx: Approx,
-        bias: bool,
-        dtype: torch.dtype,
-        output_shape: Size | None = None,
+    def bare_rows(
+        self, layer: Any, x: Tensor, approx: Approx, dtype: torch.dtype, output_shape: Size | None
     ) -> Rows:
-        every = self.patches(layer, x, dtype, output_shape)
-        mean = approx == "reduce"
-        rows: Rows = DenseRows(kernels.patch_means(every.patches)) if mean else every
-        return WithOnes(rows) if bias else rows
-
-
-class ConvKind(PatchKind):
-    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` with all their options."""
-
-    def stride(self, layer: Conv) -> tuple[int, ...]:
-        return layer.stride
-
-    def padding(self, layer: Conv, sizes: Size, output: Size | None) -> list[tuple[int, int]]:
-        if layer.padding == "valid":
-            return [(0, 0)] * len(layer.kernel_size)
-        if layer.padding == "same":  # an even kernel has one more behind than before
-            return [(extent // 2, extent - extent // 2) for extent in receptive_extent(layer)]
-        return [(int(p), int(p)) for p in layer.padding]
-
-    def padded(self, layer: Conv, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        return F.pad(x, for_torch(padding), mode=mode)
+        rows = self.patches(layer, x, dtype, output_shape)
+        return DenseRows(kernels.patch_means(rows.patches)) if approx == "reduce" else rows
 
 
 def receptive_extent(layer: Any) -> list[int]:
     """How many entries the last one under the kernel is from the first one, along each axis."""
     return [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-
-
-def for_torch(padding: list[tuple[int, int]]) -> list[int]:
-    """Padding per axis in the order of `F.pad`, which begins at the last axis."""
-    return [p for before_and_after in reversed(padding) for p in before_and_after]

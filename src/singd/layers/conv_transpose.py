@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
-from singd.layers.conv import PatchKind, for_torch, receptive_extent
-
-ConvTranspose: TypeAlias = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+from singd.layers.conv import ConvKind, receptive_extent
 
 
-class ConvTransposeKind(PatchKind):
+class ConvTransposeKind(ConvKind):
     """`nn.ConvTranspose1d`, `nn.ConvTranspose2d` and `nn.ConvTranspose3d`.
 
     A transposed convolution is a convolution of stride 1 with the mirrored kernel, over the input
@@ -21,35 +19,39 @@ class ConvTransposeKind(PatchKind):
     convolution's: a row per output channel, columns C_in/groups * kernel with the kernel mirrored.
     """
 
-    def stride(self, layer: ConvTranspose) -> tuple[int, ...]:
+    def stride(self, layer: Any) -> tuple[int, ...]:
         return (1,) * len(layer.kernel_size)
 
-    def spaced(self, layer: ConvTranspose, sizes: Size) -> Size:
-        return Size((n - 1) * s + 1 for n, s in zip(sizes, layer.stride, strict=True))
-
-    def padding(
-        self, layer: ConvTranspose, sizes: Size, output: Size | None
-    ) -> list[tuple[int, int]]:
-        pads = []
+    def extents(self, layer: Any, sizes: Size, output: Size | None) -> list[tuple[int, int, int]]:
+        found = []
         for i, (n, extent) in enumerate(zip(sizes, receptive_extent(layer), strict=True)):
-            cut = int(layer.padding[i])
-            out = n + extent - 2 * cut + layer.output_padding[i] if output is None else output[i]
-            before = extent - cut
-            pads.append((before, out + extent - before - n))
-        return pads
+            inside, before = (n - 1) * layer.stride[i] + 1, extent - int(layer.padding[i])
+            usual = inside + before - int(layer.padding[i]) + layer.output_padding[i]
+            out = usual if output is None else output[i]
+            found.append((before, inside, out + extent - before - inside))
+        return found
 
-    def padded(self, layer: ConvTranspose, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
-        zero_inserted = x.new_zeros(*x.shape[:2], *self.spaced(layer, x.shape[2:]))
-        every = [slice(None), slice(None), *(slice(None, None, s) for s in layer.stride)]
-        zero_inserted[tuple(every)] = x
-        return F.pad(zero_inserted, for_torch(padding))
+    def padded(self, layer: Any, x: Tensor, extents: list[tuple[int, int, int]]) -> Tensor:
+        # Each entry gets its zeros behind it, along axes of their own. What is around the input comes in whole
+        # strides, in the same operator, and what is too much is cut off.
+        padding: list[int] = []
+        inside: list[Any] = [...]
+        for s, (before, n, after) in zip(layer.stride, extents, strict=True):
+            first, last = -(-before // s), -(-(after + 1 - s) // s)
+            padding = [0, s - 1, first, last, *padding]
+            start = first * s - before
+            inside.append(slice(start, start + before + n + after))
+        axes = [m for n in x.shape[2:] for m in (n, 1)]
+        x = F.pad(x.reshape(*x.shape[:2], *axes), padding)
+        axes = [n * s for n, s in zip(x.shape[2::2], x.shape[3::2], strict=True)]
+        return x.reshape(*x.shape[:2], *axes)[tuple(inside)]
 
-    def weight_to_matrix(self, layer: ConvTranspose, weight: Tensor) -> Tensor:
+    def weight_to_matrix(self, layer: Any, weight: Tensor) -> Tensor:
         kernel_axes = range(2, weight.ndim)
         grouped = weight.flip(*kernel_axes).unflatten(0, (layer.groups, -1))
         return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
 
-    def matrix_to_weight(self, layer: ConvTranspose, matrix: Tensor) -> Tensor:
+    def matrix_to_weight(self, layer: Any, matrix: Tensor) -> Tensor:
         groups, kernel = layer.groups, layer.kernel_size
         grouped = matrix.unflatten(1, (-1, *kernel)).unflatten(0, (groups, -1))
         return grouped.transpose(1, 2).flatten(0, 1).flip(*range(2, 2 + len(kernel)))

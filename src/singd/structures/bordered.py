@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from singd.kernels import few_columns_pay, wide
+from singd.kernels import wide
 from singd.rows import Rows
 from singd.structures.base import Preconditioner, StructuredMatrix, Transposed, static
 
@@ -184,37 +184,29 @@ class Bordered(StructuredMatrix):
     # formed, which a convolution would have to unfold.
 
     def project_congruence(self, rows: Rows) -> Bordered:
-        if not few_columns_pay(self.numbers):
+        if not self._few_columns_pay:
             return super().project_congruence(rows)
-        k, end = self.first, self._end
-        if self._wide:
-            whole = rows.gram()
-            S, squares = self._take(whole), whole.diagonal()
-        else:
-            columns = torch.cat([rows.columns(0, k), rows.columns(end, self.n)], dim=1)
-            S, squares = rows.tmm(columns).T, rows.squares()
-        SK, R = self._left(S), self._rows()
+        k, end, R = self.first, self._end, self._rows()
+        columns = torch.cat([rows.columns(0, k), rows.columns(end, self.n)], dim=1)
+        S = rows.tmm(columns).T  # the dense rows of R^T R
+        SK = self._left(S)
         middle = torch.addcmul(SK[:, k:end], S[:, k:end], self.d)
-        diagonal = self.d.square() * squares[k:end] + (R[:, k:end] * middle).sum(0)
+        squares = self.d.square() * rows.squares()[k:end] + (R[:, k:end] * middle).sum(0)
         N = self._take(R.T) @ SK  # the dense rows of K^T S K
-        return self._projected_from(diagonal, N[:k], N[k:, k:])
+        return self._projected_from(squares, N[:k], N[k:, k:])
 
     def project_cocongruence(self, rows: Rows) -> Bordered:
-        if not few_columns_pay(self.numbers):
+        if not self._few_columns_pay:
             return super().project_cocongruence(rows)
-        R = self._rows()
-        if self._wide:
-            whole = rows.gram()
-            S, squares = R @ whole, whole.diagonal()
-        else:
-            S, squares = rows.tmm(rows.mm(R.T)).T, rows.squares()
-        k, N = self.first, self.mm(S.T).T  # the dense rows of K S K^T
-        return self._projected_from(self.d.square() * squares[k : self._end], N[:k], N[k:, k:])
+        k = self.first
+        N = self.mm(rows.tmm(rows.mm(self._rows().T))).T  # the dense rows of K S K^T
+        squares = self.d.square() * rows.squares()[k : self._end]
+        return self._projected_from(squares, N[:k], N[k:, k:])
 
     @property
-    def _wide(self) -> bool:
-        """Whether so many rows are dense that all of R^T R takes less time than their part."""
-        return 2 * (self.first + self.last) >= self.n
+    def _few_columns_pay(self) -> bool:
+        """Whether products with few columns take less time than with all: on a CPU, which starts one cheaply."""
+        return self.device.type == "cpu" and 2 * (self.first + self.last) < self.n
 
 
 def from_recursive_layout(like: StructuredMatrix, flat: Tensor) -> Tensor:
