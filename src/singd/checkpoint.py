@@ -47,9 +47,9 @@ def check_form(state_dict: Any) -> None:
     Raises:
         ValueError: In one sentence.
     """
-    form: dict[str, Any] = {"state": Mapping, "param_groups": (list, tuple)}
-    for name, kind in form.items():
-        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(name), kind):
+    known = state_dict if isinstance(state_dict, Mapping) else {}
+    for name, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if not isinstance(known.get(name), kind):
             raise ValueError(
                 "A checkpoint must be the state_dict of an optimizer, with 'state' and 'param_groups'; "
                 f"{name!r} is missing."
@@ -75,9 +75,7 @@ def upgraded(
     """
     state = {index: dict(entry) for index, entry in state_dict["state"].items()}
     new = {**state_dict, "state": state}
-    if [len(g["params"]) for g in state_dict["param_groups"]] != [
-        len(g["params"]) for g in param_groups
-    ]:
+    if _sizes(state_dict["param_groups"]) != _sizes(param_groups):
         return new  # which `check` refuses
     for p, entry, saved in pairs(param_groups, new):
         if saved.get("format", 1) > 1 or p not in blocks or "last_update" not in entry:
@@ -88,6 +86,10 @@ def upgraded(
                 entry[name] = from_recursive_layout(blueprint, flat)
         entry["updates"] = entry["last_update"] // saved.get("T", 1) + 1
     return new
+
+
+def _sizes(param_groups: Sequence[Group]) -> list[int]:
+    return [len(group["params"]) for group in param_groups]
 
 
 def check(
@@ -102,10 +104,10 @@ def check(
         ValueError: In one sentence that names the layer or the group.
     """
     saved_groups = state_dict["param_groups"]
-    sizes = [len(g["params"]) for g in param_groups], [len(g["params"]) for g in saved_groups]
-    if sizes[0] != sizes[1]:
+    mine, theirs = _sizes(param_groups), _sizes(saved_groups)
+    if mine != theirs:
         raise ValueError(
-            f"The checkpoint has groups of {sizes[1]} parameters, but this optimizer has groups of {sizes[0]}."
+            f"The checkpoint has groups of {theirs} parameters, but this optimizer has groups of {mine}."
         )
     for i, (saved, group) in enumerate(zip(saved_groups, param_groups, strict=True)):
         if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
@@ -120,16 +122,12 @@ def check(
         if p in blocks:
             _check_block(blocks[p], state, saved)
     for saved, group in zip(saved_groups, param_groups, strict=True):
-        _check_options(saved, group)
-
-
-def _check_options(saved: Group, group: Group) -> None:
-    groups.check_names(saved, group)
-    whole = {**group, **saved}
-    try:
-        (groups.check_values if group["algorithm"] == "singd" else groups.check_adamw)(whole)
-    except TypeError as error:
-        raise ValueError(f"An option of the checkpoint has a wrong type: {error}") from error
+        groups.check_names(saved, group)
+        check_one = groups.check_values if group["algorithm"] == "singd" else groups.check_adamw
+        try:
+            check_one({**group, **saved})
+        except TypeError as error:
+            raise ValueError(f"An option of the checkpoint has a wrong type: {error}") from error
 
 
 def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
@@ -145,18 +143,14 @@ def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
 
 
 def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
-    mine = tuple(s.name for s in groups.resolve(block.group["structures"]))
-    theirs = tuple(saved.get("structures", mine))
-    if theirs != mine:
-        raise ValueError(
-            f"The checkpoint has structures {theirs} for layer {block.name!r}, but this optimizer has {mine}."
-        )
-    rules = block.rule.spelling, groups.saved_rule(saved)
-    if rules[0] != rules[1]:
-        raise ValueError(
-            f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has "
-            f"{rules[0]!r}."
-        )
+    mine = tuple(s.name for s in groups.resolve(block.group["structures"])), block.rule.spelling
+    rule = "ikfac" if saved.get("kfac_like") else saved.get("rule", "singd")
+    theirs = tuple(saved.get("structures", mine[0])), rule
+    for what, my, their in zip(("structures", "the rule"), mine, theirs, strict=True):
+        if my != their:
+            raise ValueError(
+                f"The checkpoint has {what} {their!r} for layer {block.name!r}, but this optimizer has {my!r}."
+            )
     for name, blueprint in block.blueprints().items() if state else ():
         flat = state.get(name)
         if not isinstance(flat, Tensor) or flat.numel() != blueprint.numel:
@@ -208,17 +202,16 @@ def restore(
             blocks[p].factors.adopt(states.get(p, {}))
 
 
-def is_rehearsal(param_groups: Sequence[Group], fresh: bool) -> bool:
+def is_rehearsal(param_groups: Sequence[Group]) -> bool:
     """Whether this is the step on nothing by which torch.distributed.checkpoint fills an empty state.
 
     It sets gradients and learning rates to zero for one call of ``step`` where there is no state yet. A first
     step of training was preceded by a backward pass, or by none through any layer but then by a gradient.
 
     Args:
-        param_groups: The optimizer's.
-        fresh: Whether it has no state, and has seen no backward.
+        param_groups: Those of an optimizer that has no state, and has seen no backward.
     """
-    if not fresh or any(float(g["lr"]) != 0 for g in param_groups):
+    if any(float(g["lr"]) != 0 for g in param_groups):
         return False
     grads = [p.grad for g in param_groups for p in g["params"] if p.grad is not None]
     return not any(bool(local_part(g).any()) for g in grads)

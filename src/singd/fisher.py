@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 LIKELIHOODS = ("softmax", "gaussian")
-_draws = [0]
-
-
-def drawn() -> int:
-    """How often labels were sampled, to notice where their curvature gets lost."""
-    return _draws[0]
+DRAWS = [0]
+"""How often labels were sampled, to notice where their curvature gets lost."""
 
 
 @torch.no_grad()
@@ -57,7 +53,7 @@ def sample_labels(
         )
     if not 0 <= variance < math.inf:
         raise ValueError(f"variance must be a finite number >= 0, got {variance!r}.")
-    _draws[0] += 1
+    DRAWS[0] += 1
     if likelihood == "gaussian":
         noise = torch.randn(
             outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -17,12 +17,23 @@ from singd.structures import StructureSpec, structure
 
 FORMAT = 2  # of a checkpoint; raised when an older version could not read a newer one's
 
-KFAC_APPROX = ("expand", "reduce")
-LOSS_AVERAGE = (None, "batch", "batch+sequence")
-REPEATED_CALLS = (None, "examples", "positions")
-ALGORITHMS = ("singd", "adamw")
-NORMALIZE = (False, True, "spectral")
-MOMENTUM_ON = ("direction", "gradient")
+#: The options that are one of a few values.
+CHOICES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "loss_average": (None, "batch", "batch+sequence"),
+        "kfac_approx": ("expand", "reduce"),
+        "repeated_calls": (None, "examples", "positions"),
+        "normalize_lr_cov": (False, True, "spectral"),
+        "momentum_on": ("direction", "gradient"),
+        "algorithm": ("singd", "adamw"),
+    }
+)
+COUNTING = ("loss_average", "kfac_approx", "repeated_calls")  # what a backward pass reads
+NUMBERS = ("lr", "momentum", "damping", "alpha1", "weight_decay", "match_rms", "lr_cov")
+SWITCHES = (
+    *("batch_first", "kfac_like", "relative_damping"),
+    *("scaled_start", "fast_start", "nesterov"),
+)
 
 #: What the fallback group runs with unless ``fallback`` says otherwise: AdamW's usual values, no decay.
 ADAMW: Mapping[str, Any] = MappingProxyType(
@@ -35,35 +46,19 @@ SAME: Mapping[str, Any] = MappingProxyType({})
 #: Keyword arguments with which SINGD is the published method, each in its published meaning.
 PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {
-        "momentum": 0.9,
-        "damping": 1e-3,
-        "alpha1": 0.5,
-        "weight_decay": 0.0,
-        "T": 10,
-        "loss_average": "batch",
-        "batch_first": True,
-        "repeated_calls": None,
-        "lr_cov": 1e-2,
-        "structures": ("dense", "dense"),
-        "kfac_approx": "expand",
-        "normalize_lr_cov": False,
-        "rule": "singd",
-        "relative_damping": False,
-        "scaled_start": False,
-        "fast_start": False,
-        "momentum_on": "direction",
-        "nesterov": False,
-        "match_rms": None,
-        "fallback": ADAMW,
-        "cache_products": True,
+        **dict(
+            momentum=0.9, nesterov=False, momentum_on="direction", match_rms=None, weight_decay=0.0
+        ),
+        **dict(structures=("dense", "dense"), rule="singd", damping=1e-3, relative_damping=False),
+        **dict(T=10, lr_cov=1e-2, alpha1=0.5, normalize_lr_cov=False),
+        **dict(scaled_start=False, fast_start=False, cache_products=True, fallback=ADAMW),
+        **dict(loss_average="batch", kfac_approx="expand", batch_first=True, repeated_calls=None),
     }
 )
 
 OPTIONS = (
     *(name for name in PUBLISHED if name not in ("fallback", "cache_products")),
-    "lr",
-    "kfac_like",
-    "preconditioner_dtype",
+    *("lr", "kfac_like", "preconditioner_dtype"),
 )
 """The names of the options of a group that SINGD preconditions."""
 
@@ -104,23 +99,27 @@ def _number(name: str, value: Any, *, below: float = math.inf) -> None:
         raise ValueError(f"{name} must be {what}, got {value!r}.")
 
 
-def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+def check_choices(group: Mapping[str, Any], names: Iterable[str] = tuple(CHOICES)) -> None:
+    """Raise a ValueError unless options are among their choices."""
+    for name in names:
+        value, choices = group[name], CHOICES[name]
+        if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+            shown = ", ".join(map(repr, choices))
+            raise ValueError(f"{name} must be one of {shown}, got {value!r}.")
 
 
-def _boolean(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
+def _check_switches(group: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}.")
 
 
 def dtypes(preconditioner_dtype: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
     """``preconditioner_dtype`` as a pair for K and C; None stands for the weight's dtype."""
     value = preconditioner_dtype
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(
-        d is None or (isinstance(d, torch.dtype) and d.is_floating_point) for d in pair
-    ):
+    known = [d is None or (isinstance(d, torch.dtype) and d.is_floating_point) for d in pair]
+    if known != [True, True]:
         raise ValueError(
             "preconditioner_dtype must be None, a floating-point torch.dtype or a pair of them "
             f"(for K, for C), got {value!r}."
@@ -134,11 +133,7 @@ def resolve(structures: Any) -> tuple[StructureSpec, StructureSpec]:
     Raises:
         ValueError: If it is no pair, or names an unknown structure.
     """
-    if (
-        isinstance(structures, str)
-        or not isinstance(structures, (tuple, list))
-        or len(structures) != 2
-    ):
+    if not isinstance(structures, (tuple, list)) or len(structures) != 2:
         raise ValueError(f"structures must be a pair (for K, for C), got {structures!r}.")
     return structure(structures[0]), structure(structures[1])
 
@@ -191,44 +186,46 @@ def check_singd(group: Mapping[str, Any]) -> None:
     _check_rule(group)
 
 
-def check_counting(group: Mapping[str, Any]) -> None:
-    """Check what a backward pass reads of a group, which a user may have changed; raises as `check_singd`."""
-    _choice("loss_average", group["loss_average"], LOSS_AVERAGE)
-    _choice("kfac_approx", group["kfac_approx"], KFAC_APPROX)
-    _choice("repeated_calls", group["repeated_calls"], REPEATED_CALLS)
+def check_before_step(
+    param_groups: Sequence[Mapping[str, Any]], seen: dict[int, Any], names: Mapping[Any, str]
+) -> None:
+    """Check what a user may have changed in the groups since they were seen last, and the gradients.
 
+    Args:
+        param_groups: The optimizer's.
+        seen: What each of them said when it was checked last, by its number; brought up to date.
+        names: Of all parameters.
 
-def check_before_step(param_groups: Iterable[Mapping[str, Any]]) -> None:
-    """Check what a user may have changed in the groups since they were made; raises as `check_singd`."""
-    for group in param_groups:
-        (check_values if group["algorithm"] == "singd" else check_adamw)(group)
+    Raises:
+        RuntimeError: If a gradient is sparse.
+        TypeError: For a value of the wrong type.
+        ValueError: For a value out of range; the sentence names the choices.
+    """
+    for i, group in enumerate(param_groups):
+        said = {name: value for name, value in group.items() if name != "params"}
+        if said != seen.get(i) or isinstance(group["lr"], Tensor):  # (a tensor changes in place)
+            (check_values if group["algorithm"] == "singd" else check_adamw)(group)
+            seen[i] = said
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    f"The gradient of {names[p]!r} is sparse; SINGD needs dense ones (sparse=False)."
+                )
 
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Check all options but the rule and the structures; raises as `check_singd`."""
-    for name in ("lr", "momentum", "damping", "alpha1", "weight_decay"):
-        _number(name, group[name])
-    _number("alpha1", group["alpha1"], below=1.0)
-    if group["momentum_on"] == "gradient":
-        _number("momentum", group["momentum"], below=1.0)
-    if group["match_rms"] is not None:
-        _number("match_rms", group["match_rms"])
-    if not callable(group["lr_cov"]):
-        _number("lr_cov", group["lr_cov"])
+    for name in NUMBERS:
+        value = group[name]
+        said = value is None if name == "match_rms" else name == "lr_cov" and callable(value)
+        if not said:
+            _number(name, value)
+    for name in ("alpha1", "momentum") if group["momentum_on"] == "gradient" else ("alpha1",):
+        _number(name, group[name], below=1.0)
     if not callable(group["T"]):
         interval(group["T"], 0)
-    check_counting(group)
-    _choice("normalize_lr_cov", group["normalize_lr_cov"], NORMALIZE)
-    _choice("momentum_on", group["momentum_on"], MOMENTUM_ON)
-    for name in (
-        "batch_first",
-        "kfac_like",
-        "relative_damping",
-        "scaled_start",
-        "fast_start",
-        "nesterov",
-    ):
-        _boolean(name, group[name])
+    check_choices(group, CHOICES)
+    _check_switches(group, SWITCHES)
     dtypes(group["preconditioner_dtype"])
 
 
@@ -275,31 +272,13 @@ def check_adamw(group: Mapping[str, Any]) -> None:
 
 def check_whole(given: Mapping[str, Any]) -> None:
     """Check the options of the whole optimizer; raises as :func:`check_singd`."""
-    for name in ("shard_factors", "warn_unsupported"):
-        _boolean(name, given[name])
-    for name in ("cache_products", "average_gradients"):
-        if given[name] is not None:
-            _boolean(name, given[name])
+    optional = [n for n in ("cache_products", "average_gradients") if given[n] is not None]
+    _check_switches(given, ["shard_factors", "warn_unsupported", *optional])
     grad_scaler = given["grad_scaler"]
     if grad_scaler is not None and not (
         hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")
     ):
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
-
-
-def check_algorithm(algorithm: Any) -> None:
-    """Raise unless it is one that a group can be trained by."""
-    _choice("algorithm", algorithm, ALGORITHMS)
-
-
-def check_gradients(param_groups: Any, names: Mapping[Any, str]) -> None:
-    """Refuse sparse gradients before anything is changed."""
-    for group in param_groups:
-        for p in group["params"]:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(
-                    f"The gradient of {names[p]!r} is sparse; SINGD needs dense ones (sparse=False)."
-                )
 
 
 def parameter(p: Any) -> Any:
@@ -377,19 +356,6 @@ def fallback_group(group: Mapping[str, Any], fallback: Mapping[str, Any] | None)
     adam = {**(ADAMW if fallback is None else fallback), **own, "algorithm": "adamw"}
     check_adamw(adam)
     return {**group, **adam}
-
-
-def first_beta(group: Mapping[str, Any]) -> float:
-    """AdamW's first beta: that of the group, unless a schedule cycles the momentum of all groups.
-
-    OneCycleLR and CyclicLR ask the whole optimizer which of both it has, and note the largest in each group.
-    """
-    return group["momentum"] if "max_momentum" in group else group["betas"][0]
-
-
-def saved_rule(group: Mapping[str, Any]) -> str:
-    """What a checkpoint calls the rule that its group was trained by."""
-    return "ikfac" if group.get("kfac_like") else group.get("rule", "singd")
 
 
 def saved(group: Mapping[str, Any]) -> dict[str, Any]:

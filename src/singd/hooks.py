@@ -6,26 +6,41 @@ activations.) Every backward adds to the statistics, and they live exactly as lo
 
 from __future__ import annotations
 
-import types
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from singd import torch_private
+from singd import fisher, torch_private
 from singd.blocks import Block
-from singd.groups import check_counting, is_due
+from singd.groups import COUNTING, check_choices
 from singd.precision import accumulation_dtype, without_autocast
 from singd.processes.ddp import DDPDetector
-from singd.rules import INPUT, OUTPUT
+from singd.rules import INPUT, OUTPUT, Rule
 from singd.statistics import Statistics, gathered
 from singd.structures import StructuredMatrix
 from singd.weight_steps import Attempt
 from singd.witness import Witness
+
+WARNINGS = {
+    "missed": "Layer {name!r} has a gradient but its forward and backward were not seen, so its factors stay as "
+    "they are; build SINGD before the first call of a compiled model, call the layer itself, and let backward() "
+    "fill in the gradients.",
+    "calls": "Layer {name!r} is called more than twice in a forward, and each call is counted as more examples; "
+    'say repeated_calls="examples" if so, or "positions" if the loss averages over the batch of one call.',
+    "overflow": "The factors of layer {name!r} would not be finite after this update, so they stay as they are; "
+    'take normalize_lr_cov="spectral", a smaller lr_cov or wider factors (preconditioner_dtype).',
+    "growth": "The factors of layer {name!r} grew more than tenfold in one update, as after a loss that is far "
+    'too large, and can spoil its weights; take normalize_lr_cov="spectral" or a smaller lr_cov, and go back to '
+    "a checkpoint.",
+    "lost": "The statistics of a backward pass on sampled labels were cleared, and those of another one are used; "
+    "for the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
+}
 
 
 class Collector:
@@ -36,27 +51,24 @@ class Collector:
         heard: The blocks that statistics came from, or that a warning was given for.
         collecting: Whether backward passes add to the statistics.
         grad_scaler: What scales the loss, or None.
-        states: The optimizer's state by parameter.
         ddp: What ran the forwards.
-        attempt: What the step has done that runs, or that failed.
         block_of: The block of each layer.
-        divided: Whether other processes keep the factors of some layers.
+        attempt: What the step has done that runs, or that failed.
+        witness: Looks whether the calls of a layer make up its gradient.
     """
 
-    def __init__(self, states: Mapping[Any, dict[str, Any]], grad_scaler: Any) -> None:
+    def __init__(self, grad_scaler: Any) -> None:
         self.statistics: dict[Block, Statistics] = {}
         self.heard: set[Block] = set()
         self.collecting = True
         self.grad_scaler = grad_scaler
-        self.states = states
         self.ddp = DDPDetector()
         self.block_of: dict[nn.Module, Block] = {}
-        self.divided = False
         self._cleared: dict[Block, Statistics] = {}
         self.attempt = Attempt()
-        self._overflowed: set[Block] = set()
-        self._called: set[Block] = set()
-        self._told = False
+        self._told: set[Any] = set()  # each warning is given once
+        self._said: Any = ()  # what the groups' options were when they were checked last
+        self._draws = fisher.DRAWS[0]
         self.witness = Witness()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
@@ -71,96 +83,82 @@ class Collector:
             for key in [k for k, hook in hooks.items() if _sleeps(hook)]:
                 del hooks[key]
             if not any(isinstance(h, Watch) and h.collector() is self for h in hooks.values()):
-                self._handles.append(
-                    layer.register_forward_hook(Watch(self), with_kwargs=True, prepend=True)
-                )
+                hook = layer.register_forward_hook(Watch(self), with_kwargs=True, prepend=True)
+                self._handles.append(hook)
 
     def saw_forward(self) -> None:
         """Note that a forward runs: what comes is another step than one that failed."""
         if torch_private.backward_number() == -1:  # else activation checkpointing repeats one
-            self.ddp.saw_forward()
             self.attempt = Attempt()
-
-    def due(self, layer: nn.Module) -> Block | None:
-        """The layer's block if its factors are updated in the next step, and are here to gather with."""
-        block = self.block_of.get(layer)
-        if block is None:
-            return None
-        state = self.states.get(block.weight, {})
-        return block if is_due(block.group, state) and self.ready(block, state) else None
-
-    def ready(self, block: Block, state: Mapping[str, Any]) -> bool:
-        """Whether every process has what gathering needs: all say the same.
-
-        It lacks only where T was changed after the end of the last step.
-        """
-        here = not self.divided or not block.rule.gathers_with or state.get("last_update", -1) < 0
-        return here or block.factors.handed is not None
+            if dist.is_available() and dist.is_initialized():
+                self.ddp.saw_forward()
 
     @torch.no_grad()
     def gather(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add the statistics of one backward through one layer, with its input x and output gradient g."""
-        if not self.collecting or self.due(layer) is None:  # (perhaps since a step came in between)
-            return
+        if not self.collecting or self.block_of.get(layer) is not block or not block.due:
+            return  # (perhaps since a step came in between)
         group, kind = block.group, block.kind
-        check_counting(group)
+        said = group["loss_average"], group["kfac_approx"], group["repeated_calls"]
+        if said != self._said:  # a user may have changed them
+            check_choices(group, COUNTING)
+            self._said = said
         if not group["batch_first"] and kind.takes_sequences and g.ndim > 2:
             x, g = x.transpose(0, 1), g.transpose(0, 1)
         with without_autocast(g.device):
-            self.witness.gathers(block, layer, x, g)
+            if block in self.witness.waits:
+                self.witness.gathers(block, layer, x, g)
             if self.grad_scaler is not None and self.grad_scaler.is_enabled():
                 scale = self.grad_scaler.scale(torch.ones((), device=g.device))
                 g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
-            factors = self._factors(block)
-            dtypes = {block.rule.keeps.get(name, name): A.dtype for name, A in factors.items()}
+            rule = block.rule
+            factors = self._factors(block, rule)
+            dtypes = {rule.keeps.get(name, name): A.dtype for name, A in factors.items()}
             batch, shared = kind.positions(layer, x, g)
             terms = {None: 1, "batch": batch, "batch+sequence": batch * shared}
-            a = kind.input_rows(
-                layer,
-                x,
-                approx=group["kfac_approx"],
-                bias=block.bias is not None,
-                dtype=dtypes[INPUT],
-                output_shape=g.shape,
-            )
-            b = kind.grad_rows(layer, g, x, approx=group["kfac_approx"], dtype=dtypes[OUTPUT])
-            new = gathered(block.rule, factors, a, b, terms[group["loss_average"]], group)
+            approx, bias = group["kfac_approx"], block.bias is not None
+            rows: dict[str, Any] = dict(bias=bias, dtype=dtypes[INPUT], output_shape=g.shape)
+            a = kind.input_rows(layer, x, approx=approx, **rows)
+            b = kind.grad_rows(layer, g, x, approx=approx, dtype=dtypes[OUTPUT])
+            new = gathered(rule, factors, a, b, terms[group["loss_average"]], group)
         new.backward = torch_private.backward_number()
         torch_private.after_backward(lambda: setattr(new, "over", True))
         old = self.statistics.get(block)
         if old is not None and not old.over and old.backward == new.backward:
             positions = group["repeated_calls"] == "positions" and group["loss_average"] == "batch"
             new.follows(old, positions)
-            self._warn_of_calls(block, new.calls)
+            unsaid = group["repeated_calls"] is None and group["loss_average"] == "batch"
+            if new.calls > 2 and unsaid:  # (two are too common, and no loop)
+                self.warn(block, "calls", stacklevel=2)
         self.heard.add(block)
         # gradients that were cleared (by the model's zero_grad) took their statistics with them
         # (a weight may have been replaced in the model, or be computed from the parameter)
         param = layer.weight if isinstance(layer.weight, nn.Parameter) else block.weight
         cleared = param.grad is None and not hasattr(block.weight, "full_tensor")
-        stale = cleared and old is not None and old.over and old.backward < new.backward
-        if stale and old is not None:
-            self._cleared[block] = old
-        self.statistics[block] = new if old is None or stale else old + new
+        if old is not None and cleared and old.over and old.backward < new.backward:
+            self._cleared[block], old = old, None
+        self.statistics[block] = new if old is None else old + new
 
-    def _factors(self, block: Block) -> dict[str, StructuredMatrix]:
+    def _factors(self, block: Block, rule: Rule) -> dict[str, StructuredMatrix]:
         """What the rule gathers with, in a dtype for sums; the identities where it needs nothing else."""
-        state, names = self.states.get(block.weight, {}), block.rule.gathers_with
         block.blueprints()
-        if names and (names[0] in state or block.factors.handed):
-            found = block.factors.read(state, names, block.weight.device)
-        else:
-            found = {side: block.identity(side) for side in (INPUT, OUTPUT)}
-            if names:
-                start = block.rule.start(found)
-                found = {name: start[name] for name in names}
+        found = block.factors.accumulated(block.state, rule.gathers_with, block.weight.device)
+        if found:
+            return found
+        start = block.start() if rule.gathers_with else block.identities()
+        found = {name: start[name] for name in rule.gathers_with or start}
         return {name: A.to(dtype=accumulation_dtype(A.dtype)) for name, A in found.items()}
 
     def clear(self) -> None:
         """Forget the statistics with the gradients (but `collect(False)` brings them back)."""
         self._cleared = self.statistics or self._cleared
         self.statistics = {}
-        self.ddp.clear()
+        self._forget_forwards()
         self.attempt = Attempt()
+
+    def _forget_forwards(self) -> None:
+        if self.ddp.inside or self.ddp.outside:
+            self.ddp.clear()
 
     def collect(self, enabled: bool) -> None:
         """Whether backward passes add from now on; what the last `clear` took comes back where they don't."""
@@ -168,15 +166,11 @@ class Collector:
         if not enabled and not self.statistics:
             self.statistics, self._cleared = self._cleared, {}
 
-    def lost(self, sampled: bool) -> bool:
-        """Whether statistics on sampled labels were cleared, and others came in their place; true only once."""
-        found = sampled and bool(self._cleared) and bool(self.statistics) and not self._told
-        self._told |= found
-        return found
-
-    def advanced(self, block: Block, step: int) -> bool:
-        """Whether a block at this step has taken part already in a step that failed later, and is tried again."""
-        return self.attempt.steps.setdefault(block, step) != step
+    def check_sampled(self) -> None:
+        """Warn once if statistics on sampled labels were cleared, and others came in their place."""
+        before, self._draws = self._draws, fisher.DRAWS[0]
+        if before != self._draws and self._cleared and self.statistics:
+            self.warn(None, "lost", stacklevel=6)
 
     def finish(self, loss: Any) -> Any:
         """A step has ended: its statistics are used up; the loss is passed on.
@@ -185,7 +179,7 @@ class Collector:
         of which nothing is left to do.
         """
         self.statistics, self._cleared = {}, {}
-        self.ddp.clear()
+        self._forget_forwards()
         return (vars(self).update(attempt=Attempt()), loss)[1]
 
     def miss(self, block: Block) -> None:
@@ -193,46 +187,15 @@ class Collector:
         grad = block.weight.grad
         if block not in self.heard and grad is not None and bool(grad.any()):
             self.heard.add(block)
-            warnings.warn(
-                f"Layer {block.name!r} has a gradient but its forward and backward were not seen, so its "
-                "factors stay as they are; build SINGD before the first call of a compiled model, call the "
-                "layer itself, and let backward() fill in the gradients.",
-                stacklevel=6,
-            )
+            self.warn(block, "missed", stacklevel=7)
 
-    def _warn_of_calls(self, block: Block, calls: int) -> None:
-        """Warn once of a layer whose batch may be counted once per call; twice is too common, and no loop."""
-        group = block.group
-        unsaid = group["repeated_calls"] is None and group["loss_average"] == "batch"
-        if calls > 2 and unsaid and block not in self._called:
-            self._called.add(block)
-            warnings.warn(
-                f"Layer {block.name!r} is called more than twice in a forward, and each call is counted as more "
-                'examples; say repeated_calls="examples" if so, or "positions" if the loss averages over the '
-                "batch of one call.",
-                stacklevel=2,
-            )
-
-    def warn_of_overflow(self, block: Block) -> None:
-        """Warn once of a block whose factors would not have been finite."""
-        if block not in self._overflowed:
-            self._overflowed.add(block)
-            warnings.warn(
-                f"The factors of layer {block.name!r} would not be finite after this update, so they stay as they "
-                'are; take normalize_lr_cov="spectral", a smaller lr_cov or wider factors (preconditioner_dtype).',
-                stacklevel=6,
-            )
-
-    def warn_of_growth(self, block: Block) -> None:
-        """Warn once of a block whose factors grew so much that the weights may be spoilt."""
-        if block not in self._overflowed:
-            self._overflowed.add(block)
-            warnings.warn(
-                f"The factors of layer {block.name!r} grew more than tenfold in one update, as after a loss that "
-                'is far too large, and can spoil its weights; take normalize_lr_cov="spectral" or a smaller '
-                "lr_cov, and go back to a checkpoint.",
-                stacklevel=5,
-            )
+    def warn(self, block: Block | None, what: str, stacklevel: int = 6) -> None:
+        """Give one of ``WARNINGS`` of a block, once."""
+        about = block, "overflow" if what == "growth" else what  # of both one is enough
+        if about not in self._told:
+            self._told.add(about)
+            name = block.name if block else ""
+            warnings.warn(WARNINGS[what].format(name=name), stacklevel=stacklevel)
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -253,10 +216,8 @@ class Watch:
         self.collector = weakref.ref(collector)
 
     def __reduce__(self) -> Any:
-        return getattr, (
-            nullcontext(),
-            "__exit__",
-        )  # takes any arguments, returns None, needs no singd
+        # a bound method that takes any arguments, returns None and needs no singd
+        return getattr, (nullcontext(), "__exit__")
 
     def __deepcopy__(self, memo: Any) -> Any:
         return Leaving()
@@ -269,17 +230,13 @@ class Watch:
         if collector is None or not torch.is_grad_enabled():
             return
         collector.saw_forward()
-        block = collector.due(layer)
-        weight = cast(Tensor, layer.weight)
-        if (
-            block is None
-            or not output.requires_grad
-            or not weight.requires_grad
-            or torch_private.in_functorch()
-        ):
+        block, weight = collector.block_of.get(layer), cast(Tensor, layer.weight)
+        wanted = output.requires_grad and weight.requires_grad
+        if block is None or not wanted or not block.due or torch_private.in_functorch():
             return
         x = strided(block.kind.input(args, kwargs))
-        collector.witness.awaits(block, layer)
+        if block not in collector.witness.looked:
+            collector.witness.awaits(block, layer)
         if x.is_floating_point():
             # Under autocast the output is of a lower precision, and so is the input that the layer saw: a copy of
             # that is smaller, and unharmed if x changes in place.
@@ -289,13 +246,11 @@ class Watch:
 
         def hook(g: Tensor) -> None:
             now: Any = layer.weight
-            adds = node
+            # FSDP gathers the weight only now, or will gather that of the forward again
+            sharded, later = (hasattr(w, "full_tensor") for w in (weight, now))
+            adds = torch_private.accumulator(now) if sharded else node
             # torch.func.functional_call lends a layer other weights for the time of a forward
-            borrowed = weight.is_leaf and weight is not now
-            if hasattr(now, "full_tensor"):  # FSDP will gather the forward's weight again
-                borrowed = False
-            if hasattr(weight, "full_tensor"):  # FSDP gathers the weight only now
-                borrowed, adds = False, torch_private.accumulator(now)
+            borrowed = weight.is_leaf and weight is not now and not (sharded or later)
             if not borrowed and not kept.released and torch_private.runs(adds):
                 collector.gather(block, layer, kept(), strided(g.detach()))
             kept.release()
@@ -324,9 +279,7 @@ def strided(t: Tensor) -> Tensor:
 
 def _sleeps(hook: Any) -> bool:
     """Whether a hook is what a copy of ours became."""
-    return isinstance(hook, Leaving) or (
-        isinstance(hook, types.MethodType) and isinstance(hook.__self__, nullcontext)
-    )
+    return isinstance(hook, Leaving) or isinstance(getattr(hook, "__self__", None), nullcontext)
 
 
 def _remove(handles: list[Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,16 +9,16 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from singd import checkpoint, fisher, groups, plan, report, scaler, torch_private
-from singd.advance import advance, directions, due_steps
-from singd.blocks import Block, find_blocks, find_slots, replaced_parameters, unwrapped
+from singd import checkpoint, groups, plan, report, scaler, torch_private
+from singd.advance import advance
+from singd.blocks import Block
 from singd.hooks import Collector
 from singd.precision import without_autocast
 from singd.processes import collectives, exchange
 from singd.processes.ownership import Ownership
-from singd.rules import INPUT, OUTPUT
 from singd.weight_steps import WeightSteps
 
 
@@ -157,28 +156,23 @@ class SINGD(torch.optim.Optimizer):
         defaults |= {"algorithm": "singd", "format": groups.FORMAT}
         groups.check_singd(defaults)
         groups.check_whole(given)
-        self._fallback = groups.fallback_options(fallback, lr)
-        model, averaged = unwrapped(model)
-        self.average_gradients = (
-            False if averaged and average_gradients is None else average_gradients
-        )
+        model, averaged = plan.unwrapped(model)
+        wrapped = averaged and average_gradients is None
+        self.average_gradients = False if wrapped else average_gradients
         self.cache_products = cache_products
         self._ownership = Ownership(shard_factors)
-        self._slots = find_slots(model)
-        self._blocks, self._reasons = find_blocks(model)
-        self._names = {p: n for n, p in model.named_parameters()}
-        self._sampled = fisher.drawn()
+        self._plan = plan.Plan(model, groups.fallback_options(fallback, lr))
+        self._blocks, self._names = self._plan.blocks, self._plan.names
+        self._checked: dict[int, Any] = {}
         if params is None:
-            both = self._fallback is not None
-            names, warn = self._names, warn_unsupported
-            new = [{"params": plan.trainable(model, self._blocks, defaults, names, both, warn)}]
+            new = [{"params": self._plan.trainable(defaults, warn_unsupported)}]
         else:
             new = groups.as_groups(params)
-        self._collector = Collector({}, grad_scaler)
+        self._collector = Collector(grad_scaler)
         ours = [g["params"] for g in new if g.get("algorithm", "singd") == "singd"]
-        self._announced = {groups.parameter(p) for params in ours for p in params}
+        self._plan.announced = {groups.parameter(p) for params in ours for p in params}
         super().__init__(new, defaults)
-        self._announced = set()
+        self._plan.announced = set()
 
     # -- groups ----------------------------------------------------------------------------------
 
@@ -196,16 +190,9 @@ class SINGD(torch.optim.Optimizer):
         group = groups.plain({**param_group, "params": groups.as_list(param_group["params"])})
         options = {**self.defaults, **group}
         groups.check_names(group, self.defaults)
-        groups.check_algorithm(options["algorithm"])
+        groups.check_choices(options, ["algorithm"])
         groups.check_singd(options)
-        active = self._active
-
-        def joins(weight: nn.Parameter) -> bool:
-            return weight in active or weight in self._announced
-
-        new = plan.split(
-            group, options, self._blocks, self._names, self._reasons, joins, self._fallback
-        )
+        new = self._plan.split(group, options)
         before = len(self.param_groups)
         try:
             for one in new:
@@ -213,28 +200,15 @@ class SINGD(torch.optim.Optimizer):
         except BaseException:
             del self.param_groups[before:]
             raise
-        handed = {
-            p for g in self.param_groups[before:] if g["algorithm"] == "singd" for p in g["params"]
-        }
-        for block in self._blocks:
-            block.active |= block.weight in handed
-            if block.own_bias in handed:
-                block.bias = block.own_bias
+        self._plan.take(self.param_groups[before:])
         self._index()
 
     def _index(self) -> None:
         """Look up once what hooks and steps need: each block's group, and each layer's block."""
         self._group_of = {p: g for g in self.param_groups for p in g["params"]}
         for block in self._blocks:
-            if block.active and block.weight in self._group_of:
-                block.group = self._group_of[block.weight]
-        self._collector.states = self.state
+            block.join(self.state, self._group_of)
         self._collector.watch(self._blocks, self._group_of)
-
-    def _assign(self) -> None:
-        """Give owners to new blocks."""
-        self._ownership.assign(self._blocks)
-        self._collector.divided = self._ownership.divided
 
     @property
     def _active(self) -> dict[nn.Parameter, Block]:
@@ -242,15 +216,12 @@ class SINGD(torch.optim.Optimizer):
 
     def _rebind_parameters(self) -> None:
         """Take up parameters that were replaced in the model, e.g. by ``load_state_dict(assign=True)``."""
-        found = replaced_parameters(self._slots, self._names)
+        found = self._plan.replaced()
         for old, new in found.items():
-            self._names[new] = self._names.pop(old)
             if old in self.state:
                 self.state[new] = self.state.pop(old)
             for group in self.param_groups:
                 group["params"] = [new if p is old else p for p in group["params"]]
-            for block in self._blocks:
-                block.rebind(old, new)
         if found:
             self._index()
 
@@ -295,36 +266,37 @@ class SINGD(torch.optim.Optimizer):
             RuntimeError: If a gradient scaler steps SINGD that it wasn't built with, or if weights that were
                 tied are not any more.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self._rebind_parameters()
-        scaler.check(self, self.grad_scaler)
-        groups.check_before_step(self.param_groups)
-        groups.check_gradients(self.param_groups, self._names)
-        self._check_sampled()
-        lr_covs = due_steps(self._blocks, self.state, self._collector)
+        if self.grad_scaler is not None or getattr(self, "found_inf", None) is not None:
+            scaler.check(self, self.grad_scaler)
+        groups.check_before_step(self.param_groups, self._checked, self._names)
+        self._collector.check_sampled()
+        lr_covs = {}
+        for block in self._blocks:
+            if block.active and block.due:
+                step = block.state.get("step", 0)
+                lr_covs[block] = groups.step_size(block.group["lr_cov"], step)
         fresh = not (self.state or self._collector.heard)
-        rehearsal = checkpoint.is_rehearsal(self.param_groups, fresh)
-        self._assign()
+        rehearsal = fresh and checkpoint.is_rehearsal(self.param_groups)
+        if self._ownership.wanted:
+            self._ownership.assign(self._blocks)
+        owners = self._ownership if self._ownership.ranks > 1 else None
         statistics = self._collector.statistics
-        if collectives.world_size() > 1 and not rehearsal:
-            params, average = list(self._group_of), self.average_gradients
-            owner, scale = self._ownership.owner, self.grad_scaler
+        several = dist.is_available() and dist.is_initialized() and collectives.world_size() > 1
+        if several and not rehearsal:
             statistics = exchange.exchanged(
-                params, lr_covs, statistics, self._collector.ddp, average, owner, scale
+                *(list(self._group_of), lr_covs, statistics, self._collector.ddp),
+                *(self.average_gradients, self._ownership.owner, self.grad_scaler),
             )
         used = [b for b in self._blocks if b.used]
         with without_autocast(*(block.weight.device for block in used)):
             for block in used:
-                state, mine = self.state[block.weight], self._ownership.keeps(block)
-                advance(
-                    block, state, lr_covs.get(block), statistics.get(block), mine, self._collector
-                )
-            steps = WeightSteps(self._group_of, self.state, self._collector.attempt)
-            of = (used, self.state, steps, self._ownership, self.cache_products, rehearsal)
-            steps.sgd(directions(*of))
+                mine = owners is None or owners.keeps(block)
+                of = (lr_covs.get(block), statistics.get(block), mine, self._collector)
+                advance(block, self.state[block.weight], *of)
+            steps = WeightSteps(self.state, self._group_of, self._collector.attempt)
+            steps.take(used, owners, self.cache_products, rehearsal)
         for block in used:
             lr = block.group["lr"]
             block.last_lr = lr.clone() if isinstance(lr, Tensor) else lr
@@ -333,19 +305,9 @@ class SINGD(torch.optim.Optimizer):
                 steps.adamw(group)
         if rehearsal:
             checkpoint.rewind(self.state)
-        else:
-            self._ownership.broadcast_factors(self._blocks, used, self.state)
+        elif owners is not None:
+            owners.broadcast_factors(self._blocks, used, self.state)
         return self._collector.finish(loss)
-
-    def _check_sampled(self) -> None:
-        """Warn once if curvature on sampled labels was collected and lost."""
-        sampled, self._sampled = self._sampled, fisher.drawn()
-        if self._collector.lost(sampled != self._sampled):
-            warnings.warn(
-                "The statistics of a backward pass on sampled labels were cleared, and those of another one are "
-                "used; for the Monte-Carlo Fisher matrix put that one into `with optimizer.collecting(False):`.",
-                stacklevel=5,
-            )
 
     @property
     def grad_scaler(self) -> Any:
@@ -405,7 +367,7 @@ class SINGD(torch.optim.Optimizer):
             self._index()
             checkpoint.restore(self.param_groups, self._active, self.state, loaded)
             self._collector.clear()
-            self._assign()
+            self._ownership.assign(self._blocks)
             self._ownership.keep_own(self._blocks, self.state)
 
         handles = [
@@ -427,8 +389,8 @@ class SINGD(torch.optim.Optimizer):
         grad_scaler = state.pop("grad_scaler", None)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it to every copy
-        if "_blocks" in state:  # a copy or an unpickled optimizer, not torch's load_state_dict
-            self._collector = Collector(self.state, grad_scaler)
+        if "_plan" in state:  # a copy or an unpickled optimizer, not torch's load_state_dict
+            self._collector, self._checked = Collector(grad_scaler), {}
             self._index()
 
     def detach(self) -> None:
@@ -451,17 +413,14 @@ class SINGD(torch.optim.Optimizer):
             ValueError: If SINGD doesn't precondition that layer.
         """
         self._rebind_parameters()
-        for block in self._blocks:
-            if block.active and (layer in block.names or any(layer is m for m in block.modules)):
-                blueprints = block.blueprints()
-                keeps = _named(tuple(blueprints))
-                if "step" not in self.state.get(block.weight, {}):
-                    eye = {side: block.identity(side) for side in (INPUT, OUTPUT)}
-                    start = block.rule.start(eye)
-                    return keeps(**{name: start[name] for name in blueprints})
-                (flat,) = self._ownership.gathered([block], self.state, "factors")
-                return keeps(**{n: blueprints[n].from_flat(v.clone()) for n, v in flat.items()})
-        known = ", ".join(repr(n) for b in self._blocks if b.active for n in b.names)
+        for block in self._active.values():
+            if layer in block.names or any(layer is m for m in block.modules):
+                found = block.start()
+                if "step" in block.state:
+                    (flat,) = self._ownership.gathered([block], self.state, "factors")
+                    found = {n: block.blueprints()[n].from_flat(v.clone()) for n, v in flat.items()}
+                return _named(tuple(found))(**found)
+        known = ", ".join(repr(n) for b in self._active.values() for n in b.names)
         raise ValueError(f"SINGD doesn't precondition layer {layer!r}; choose from {known}.")
 
     def stats(self) -> dict[str, dict[str, float]]:
@@ -475,7 +434,7 @@ class SINGD(torch.optim.Optimizer):
 
     def _rows(self) -> list[tuple[str, ...]]:
         blocks = list(self._active.values())
-        return report.rows(blocks, self._names, self._reasons, self.param_groups, self.state)
+        return report.rows(blocks, self._names, self._plan.reasons, self.param_groups, self.state)
 
     def __repr__(self) -> str:
         return report.table(self._rows())
@@ -484,7 +443,4 @@ class SINGD(torch.optim.Optimizer):
         return report.html_table(self._rows())
 
 
-_COPIED = {
-    "_fallback", "_slots", "_blocks", "_reasons", "_names", "_announced", "cache_products", "average_gradients",
-    "_ownership", "_sampled",
-}  # fmt: skip
+_COPIED = ("_plan", "_blocks", "_names", "cache_products", "average_gradients", "_ownership")

@@ -30,6 +30,7 @@ class FactorState:
         started: Whether there are numbers in the state.
         blueprints: What is kept, by name, without numbers.
         identity: Of each side, without numbers.
+        product_numel: How many numbers the kept products take; a diagonal factor has none that would be shorter.
         handed: What another process keeps, for gathering statistics for the update that is due; empty where it is
             kept here, None before it was handed out.
     """
@@ -39,9 +40,13 @@ class FactorState:
         self.started = False
         self.blueprints: dict[str, StructuredMatrix] = {}
         self.identity: dict[str, StructuredMatrix] = {}
-        self.handed: dict[str, Tensor] | None = None
+        self.product_numel = 0
+        self.handed: dict[str, Tensor] | None = {}
+        self._forget()
+
+    def _forget(self) -> None:
         self._views: dict[str, tuple[Tensor, StructuredMatrix]] = {}
-        self._prepared: tuple[Any, Any] = (None, None)
+        self._prepared: tuple[Any, Any] = ((), None)
 
     def shape_as(
         self, key: Any, identity: Mapping[str, StructuredMatrix], keeps: Mapping[str, str]
@@ -49,7 +54,8 @@ class FactorState:
         """Take blueprints for other structures, sizes or dtypes."""
         self.identity = dict(identity)
         self.blueprints = {name: identity[side] for name, side in keeps.items()}
-        self._views, self._prepared = {}, (None, None)
+        self.product_numel = sum(eye.numel for eye in identity.values() if eye.numel > eye.n)
+        self._forget()
         self.key = key  # last, so that what an exception left half done is done again
 
     def adopt(self, state: Mapping[str, Any]) -> None:
@@ -57,44 +63,46 @@ class FactorState:
         for name, A in self.blueprints.items():
             if name in state:
                 self.blueprints[name] = A.to(dtype=state[name].dtype)
-        self._views, self._prepared = {}, (None, None)
+        self._forget()
         self.started = "step" in state
 
     def read(
-        self, state: dict[str, Any], names: Any, device: torch.device
+        self, state: dict[str, Any], names: Iterable[str], device: torch.device
     ) -> dict[str, StructuredMatrix]:
-        """Views on the numbers in the state, which follow the weight to its device, or on those handed out."""
+        """Views on the numbers in the state, which follow the weight to its device, or on those handed out.
+
+        A name without numbers is left out: a momentum that was switched on later is zero.
+        """
         found = {}
         for name in names:
             source = state if name in state else self.handed or {}
-            if source[name].device != device:  # the model was moved
-                source[name] = source[name].to(device)
-            flat, known = self._views.get(name, (None, None))
-            if flat is not source[name] or known is None:
-                known = self.blueprints[name].from_flat(source[name])
-                self._views[name] = (source[name], known)
-            found[name] = known
+            flat = source.get(name)
+            if flat is None:
+                continue
+            if flat.device != device:  # the model was moved
+                flat = source[name] = flat.to(device)
+            of, matrix = self._views.get(name, (None, None))
+            if of is not flat or matrix is None:
+                matrix = self.blueprints[name].from_flat(flat)
+                self._views[name] = (flat, matrix)
+            found[name] = matrix
         return found
 
-    def _dtype(self, state: Mapping[str, Any], name: str) -> torch.dtype:
-        """That of the numbers that there are, which a model that is cast leaves as they were."""
-        return state[name].dtype if name in state else self.blueprints[name].dtype
-
-    def _here(self, state: Mapping[str, Any]) -> list[str]:
-        """The names that there are numbers for: a momentum that was switched on later is zero."""
-        return [name for name in self.blueprints if name in state]
-
     def accumulated(
-        self, state: dict[str, Any], device: torch.device
+        self, state: dict[str, Any], names: Iterable[str], device: torch.device
     ) -> dict[str, StructuredMatrix]:
-        """All factors in a dtype for arithmetic on them."""
-        found = self.read(state, self._here(state), device)
-        return {name: A.to(dtype=accumulation_dtype(A.dtype)) for name, A in found.items()}
+        """The same in a dtype for arithmetic on them."""
+        found = self.read(state, names, device)
+        for name, A in found.items():
+            stored = self._views[name][0].dtype
+            if stored != accumulation_dtype(stored):
+                found[name] = A.to(dtype=accumulation_dtype(stored))
+        return found
 
-    def finite(
-        self, state: dict[str, Any], new: Mapping[str, StructuredMatrix], some: Tensor | bool
-    ) -> dict[str, StructuredMatrix] | None:
-        """New factors in the dtypes of the old ones, which stay where a new one is not finite.
+    def moved(
+        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix], some: Tensor | bool
+    ) -> dict[str, Tensor] | None:
+        """The numbers of new factors in the dtypes of the old ones, which stay where a new one is not finite.
 
         Args:
             state: Where the old ones are.
@@ -104,58 +112,50 @@ class FactorState:
         Returns:
             None if the old ones stay; only a CPU says so, other devices need not be waited for.
         """
-        rounded = {name: A.to(dtype=self._dtype(state, name)) for name, A in new.items()}
-        tensors = [t for A in rounded.values() for t in A.tensors() if t.numel()]
-        if not tensors:  # a rule that keeps nothing
-            return rounded
-        sums = torch.stack([t.sum(dtype=wide_dtype(t.dtype)) for t in tensors])
-        finite = sums.isfinite().all()
+        numbers = self.flat(state, new)
+        sums = [v.sum(dtype=wide_dtype(v.dtype)) for v in numbers.values()]
+        if not sums:  # a rule that keeps nothing
+            return numbers
+        finite = torch.stack(sums).isfinite().all()
         if finite.device.type == "cpu":
-            return rounded if finite and bool(some) else None
-        old = self.read(state, new, finite.device)
-        return {
-            name: A.map(lambda t, o: torch.where(finite & some, t, o), old[name])
-            for name, A in rounded.items()
-        }
+            return numbers if finite and bool(some) else None
+        return {n: torch.where(finite & some, v, state[n]) for n, v in numbers.items()}
+
+    def flat(
+        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix]
+    ) -> dict[str, Tensor]:
+        """The numbers of factors, in the dtype that is there: a model that is cast leaves them as they were."""
+        found = {}
+        for name, A in new.items():
+            flat, dtype = A.flat(), state.get(name, self.blueprints[name]).dtype
+            found[name] = flat if flat.dtype == dtype else flat.to(dtype)
+        return found
 
     def grew(
-        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix], names: Iterable[str]
+        self, state: Mapping[str, Any], new: Mapping[str, Tensor], names: Iterable[str]
     ) -> bool:
         """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
-        sizes = [
-            (new[n].max_abs(), state[n].abs().amax())
-            for n in names
-            if state[n].device.type == "cpu" and state[n].numel()
-        ]
-        return any(bool(size > 10 * old) for size, old in sizes)
-
-    def write(
-        self, state: dict[str, Any], new: Mapping[str, StructuredMatrix], **counters: int
-    ) -> None:
-        """Put factors and counters into the state, all at once, so that an exception finds all or nothing."""
-        flat, views = {}, {}
-        for name, matrix in new.items():
-            matrix = matrix.to(dtype=self._dtype(state, name))
-            numbers = flat[name] = matrix.flat()
-            same = numbers.data_ptr() == matrix.tensors()[0].data_ptr()
-            views[name] = (numbers, matrix if same else matrix.from_flat(numbers))
-        state.update(flat, **counters)
-        self.started = True
-        self._views.update(views)
+        return any(
+            bool(new[name].abs().amax() > 10 * state[name].abs().amax())
+            for name in names
+            if new[name].device.type == "cpu" and new[name].numel()
+        )
 
     def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
         """What the rule's direction needs; where it is kept, formed anew when the numbers have changed."""
-        factors = self.read(state, self._here(state), device)
         if not keep:
-            return rule.prepare(factors, keep=False)
-        of = [(flat, version(flat)) for flat in (state[name] for name in self._here(state))]
+            return rule.prepare(self.read(state, self.blueprints, device), keep=False)
+        of = [(flat, version(flat)) for flat in map(state.get, self.blueprints) if flat is not None]
         known, value = self._prepared
-        if known is None or any(
-            f is not g or v != w for (f, v), (g, w) in zip(known, of, strict=True)
-        ):
-            value = rule.prepare(factors, keep=True)
-            self._prepared = (of, value)
+        same = len(known) == len(of) and all(
+            f is g and v == w and f.device == device
+            for (f, v), (g, w) in zip(known, of, strict=True)
+        )
+        if not same:
+            value = rule.prepare(self.read(state, self.blueprints, device), keep=True)
+            here = [state[name] for name in self.blueprints if name in state]
+            self._prepared = [(flat, version(flat)) for flat in here], value
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}, "_prepared": (None, None)}
+        return {**self.__dict__, "_views": {}, "_prepared": ((), None)}

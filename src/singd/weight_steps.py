@@ -1,4 +1,4 @@
-"""The steps on the weights: momentum, size of a direction, and the moves along it, as SGD and AdamW make them.
+"""The steps on the weights: momentum, direction and size, and the moves along it, as SGD and AdamW make them.
 
 A parameter and what is kept of its steps change together, without a line of Python in between: an exception,
 Ctrl-C included, finds all of it done or nothing.
@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from singd import torch_private
-from singd.groups import first_beta
+from singd.blocks import Block, gradient_of
 from singd.precision import accumulation_dtype, wide_dtype
+from singd.processes import collectives
+from singd.processes.ownership import Ownership
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, which may be wider than the parameter."""
@@ -28,6 +30,13 @@ TOGETHER = 2**16
 """How many numbers a CPU moves at a time: so many are still in its cache, and small tensors share a call."""
 TOGETHER_ELSEWHERE = 2**24
 """The same on other devices: few calls, and little memory for what is not stored yet."""
+
+
+class Direction(NamedTuple):
+    """Where a parameter moves to, and the root mean square that the move is scaled to, or None."""
+
+    tensor: Tensor
+    rms: float | None
 
 
 @dataclass
@@ -43,76 +52,141 @@ class Attempt:
     moved: set[nn.Parameter] = field(default_factory=set)
 
 
+def keeps_products(block: Block, wanted: bool | None) -> bool:
+    """Whether K K^T and C C^T are kept between updates; None: where they take at most half as much as it."""
+    if wanted is not None:
+        return wanted
+    block.blueprints()
+    return 2 * block.factors.product_numel <= block.weight.numel()
+
+
 @dataclass
 class WeightSteps:
     """The steps on all weights.
 
     Attributes:
-        group_of: Each parameter's param_group.
         states: The optimizer's state by parameter; momenta are kept in it.
+        group_of: Each parameter's param_group.
         attempt: Parameters that have moved already are left alone.
         momenta: New ones, that are stored when their parameter moves.
     """
 
-    group_of: Mapping[nn.Parameter, dict[str, Any]]
     states: MutableMapping[Any, dict[str, Any]]
+    group_of: Mapping[nn.Parameter, dict[str, Any]]
     attempt: Attempt
     momenta: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
-    def averaged_gradient(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
-        r"""The momentum that stands before the preconditioner (``momentum_on="gradient"``).
-
-        .. math:: B \leftarrow \alpha_2 B + (1 - \alpha_2)\, g, \qquad V = B
-            \text{, or with Nesterov } V = \alpha_2 B + (1 - \alpha_2)\, g
-
-        The first gradient counts in full.
-
-        Args:
-            p: The parameter.
-            gradient: Its gradient, which is not changed.
-        """
-        group, old = self.group_of[p], self.states.get(p, {}).get("momentum_buffer")
-        alpha2 = group["momentum"]
-        if group["momentum_on"] != "gradient" or alpha2 == 0:
-            return gradient
-        old = gradient if old is None else _beside(old, p)
-        new = self.momenta[p] = torch.lerp(old, gradient.to(old.dtype), 1 - alpha2)
-        return gradient.lerp(new.to(gradient.dtype), alpha2) if group["nesterov"] else new
-
-    def sgd(self, directions: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
-        """Move parameters along natural gradients, on a CPU while these are computed and still in its cache.
+    def take(
+        self,
+        blocks: Sequence[Block],
+        owners: Ownership | None,
+        cache_products: bool | None,
+        rehearsal: bool,
+    ) -> None:
+        """Move the parameters of layers along their directions, on a CPU while these are still in its cache.
 
         Other devices move many parameters of a group in one call, as torch's own optimizers do.
 
         Args:
-            directions: Parameters, each with its natural gradient, of its shape; or with None where it has no
-                gradient, so that only its momentum moves.
+            blocks: Those that take part in a step.
+            owners: Which process keeps which layer; None where each keeps all.
+            cache_products: Whether products of the factors are kept between updates; None: where they are small.
+            rehearsal: Whether all gradients are zero, and no factors needed.
         """
-        for pairs in self._together(directions):
-            by_group: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-            for p, direction in pairs:
-                if direction is not None:
-                    by_group.setdefault(id(self.group_of[p]), []).append((p, direction))
-                elif p in self.momenta:
-                    self._store([p], [{"momentum_buffer": self.momenta[p]}], [])
-            for some in by_group.values():
-                self._sgd(some)
 
-    def _sgd(self, pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        def preconditioned() -> Iterator[tuple[Block, Any]]:
+            for block, dW in self._averaged(blocks):
+                if rehearsal:
+                    yield block, dW  # it is zero
+                elif owners is not None and not owners.keeps(block):
+                    yield block, None  # another process computes it
+                else:
+                    keep = block.group["T"] != 1 and keeps_products(block, cache_products)
+                    rule, state = block.rule, self.states[block.weight]
+                    prepared = block.factors.prepared(rule, state, keep, block.weight.device)
+                    yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
+
+        def directions() -> Iterator[tuple[nn.Parameter, Direction | None]]:
+            found = preconditioned()
+            for block, N in owners.directions(found, rehearsal) if owners is not None else found:
+                rms = block.group["match_rms"]
+                for p, d in zip(block.params, block.parts(N), strict=False):
+                    if p.grad is None or d is not None:
+                        yield p, None if p.grad is None or d is None else Direction(d, rms)
+
+        for pairs in self._together(directions()):
+            alike: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
+            for p, d in pairs:
+                if d is not None:
+                    kind = id(self.group_of[p]), d.rms, d.tensor.dtype, d.tensor.device
+                    alike.setdefault(kind, []).append((p, d.tensor))
+                elif p in self.momenta:  # it has no gradient, so that only its momentum moves
+                    self._store([p], [{"momentum_buffer": self.momenta[p]}], [])
+            for (_, rms, *_), some in alike.items():
+                self._sgd([p for p, _ in some], [d for _, d in some], rms)
+
+    def _averaged(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
+        """The averaged gradient of each layer as a matrix, [d_o, d_i], whole.
+
+        Small layers share calls: as many as fit into a CPU's cache, or, where ``fully_shard`` spread parameters
+        over ranks, into one gather.
+        """
+        params_of = {block: block.params for block in blocks}
+        sharded = any(_is_sharded(p) for params in params_of.values() for p in params)
+        in_cache = not sharded and bool(blocks) and blocks[0].weight.device.type == "cpu"
+        portion: list[Block] = []
+        size = 0
+        for i, block in enumerate(blocks):
+            portion.append(block)
+            size += sum(p.nbytes for p in params_of[block])
+            if size >= (4 * TOGETHER if in_cache else collectives.BUCKET) or i == len(blocks) - 1:
+                vectors = self._averaged_gradients([p for b in portion for p in params_of[b]])
+                if sharded:
+                    vectors = collectives.gathered(vectors)
+                for b in portion:
+                    yield b, b.matrix([vectors.pop(p) for p in params_of[b]])
+                portion, size = [], 0
+
+    def _averaged_gradients(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        r"""The gradients with the momentum that stands before the preconditioner (``momentum_on="gradient"``).
+
+        .. math:: B \leftarrow \alpha_2 B + (1 - \alpha_2)\, g, \qquad V = B
+            \text{, or with Nesterov } V = \alpha_2 B + (1 - \alpha_2)\, g
+
+        The first gradient counts in full. No gradient is changed.
+        """
+        found = {p: gradient_of(p) for p in params}
+        for group in {id(self.group_of[p]): self.group_of[p] for p in params}.values():
+            alpha_2 = group["momentum"]
+            if group["momentum_on"] != "gradient" or alpha_2 == 0:
+                continue
+            some = [p for p in params if self.group_of[p] is group]
+            g = [found[p].to(p.dtype) for p in some]
+            kept = [self.states.get(p, {}).get("momentum_buffer", found[p]) for p in some]
+            old = [_beside(buffer, p) for buffer, p in zip(kept, some, strict=True)]
+            B = torch_private.lerp_all(old, g, 1 - alpha_2)
+            self.momenta.update(zip(some, B, strict=True))
+            V = torch_private.lerp_all(g, B, alpha_2) if group["nesterov"] else B
+            found.update(zip(some, V, strict=True))
+        return found
+
+    def _sgd(self, params: list[Any], directions: list[Tensor], rms: float | None) -> None:
         """Move parameters of one group, with its weight decay and momentum, as `torch.optim.SGD` does."""
-        params, moves = [p for p, _ in pairs], []
         group = self.group_of[params[0]]
-        for p, d in pairs:
-            if group["weight_decay"] != 0:
-                d = d.add(p, alpha=group["weight_decay"])
-            if group["momentum_on"] == "direction" and group["momentum"] != 0:
+        lr, alpha_2, decay = group["lr"], group["momentum"], group["weight_decay"]
+        moves = directions if rms is None else matched(directions, rms)
+        for i, p in enumerate(params):
+            d = moves[i].to(p.dtype)
+            d = collectives.placed_like(d, p) if _is_sharded(p) else d
+            if decay != 0:
+                d = d.add(p, alpha=decay)
+            if group["momentum_on"] == "direction" and alpha_2 != 0:
                 old = self.states[p].get("momentum_buffer")
-                new = d.clone() if old is None else (_beside(old, p) * group["momentum"]).add_(d)
+                new = d.clone() if old is None else (_beside(old, p) * alpha_2).add_(d)
                 self.momenta[p] = new
-                d = d.add(new, alpha=group["momentum"]) if group["nesterov"] else new
-            moves.append(d)
+                d = d.add(new, alpha=alpha_2) if group["nesterov"] else new
+            moves[i] = d
         stored = [{"momentum_buffer": self.momenta[p]} if p in self.momenta else {} for p in params]
-        lr = group["lr"]
         alpha = -(lr.item() if isinstance(lr, Tensor) else lr)
         self._store(params, stored, torch_private.on_all("add_", params, moves, alpha=alpha))
 
@@ -124,6 +198,8 @@ class WeightSteps:
 
     def _adamw(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> None:
         new = [_moments(p, self.states[p]) for p in params]
+        # OneCycleLR and CyclicLR cycle one momentum for all groups, and note the largest in each.
+        beta1 = group["momentum"] if "max_momentum" in group else group["betas"][0]
         first, second, steps = ([s[name] for s in new] for name in (*MOMENTS, "step"))
         # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
         wide = [p.to(accumulation_dtype(p.dtype), copy=True) for p in params]
@@ -137,7 +213,7 @@ class WeightSteps:
             fused=_one_pass([*wide, *grads, *first, *second]) or None,
             has_complex=any(p.is_complex() for p in params),
             amsgrad=False,
-            beta1=first_beta(group),
+            beta1=beta1,
             beta2=group["betas"][1],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
@@ -186,13 +262,17 @@ def _moments(p: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"step": state["step"].clone(), **averages}
 
 
-def matched(direction: Tensor, rms: float | None) -> Tensor:
-    """A direction scaled to a root mean square, whatever its size was; as it is with None."""
-    if rms is None:
-        return direction
-    size = torch.linalg.vector_norm(direction, dtype=wide_dtype(direction.dtype))
-    scale = rms * direction.numel() ** 0.5 / size.clamp(min=torch.finfo(size.dtype).tiny)
-    return direction * scale
+def _is_sharded(p: nn.Parameter) -> bool:
+    """Whether ``fully_shard`` spread it over ranks."""
+    return type(p) is not nn.Parameter and hasattr(p, "full_tensor")
+
+
+def matched(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
+    """Directions of one dtype and device, each scaled to a root mean square, whatever its size was."""
+    dtype = wide_dtype(directions[0].dtype)
+    sizes = torch.stack(torch_private.root_mean_squares(directions, dtype))
+    least = 2**20 * torch.finfo(dtype).tiny  # so that the scale of zeros is finite
+    return torch_private.scaled_all(directions, (rms / sizes.clamp(min=least)).unbind())
 
 
 def _one_pass(tensors: Sequence[Tensor]) -> bool:

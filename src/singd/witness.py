@@ -27,19 +27,13 @@ class Witness:
     """What hooks saw in the first backward pass through each layer, and the gradient that it should make up."""
 
     def __init__(self) -> None:
-        self._looked: set[Block] = set()  # once is enough, also where nothing can be said
-        self._waits: dict[
-            Block, tuple[Tensor, Any]
-        ] = {}  # random vectors, and the handle of the weight's hook
-        self._seen: dict[
-            Block, tuple[int, Tensor]
-        ] = {}  # the backward pass, and the sum of g (a u)
+        self.looked: set[Block] = set()  # once is enough, also where nothing can be said
+        self.waits: dict[Block, tuple[Tensor, Any]] = {}  # random vectors u, the weight's hook
+        self._seen: dict[Block, tuple[int, Tensor]] = {}  # the backward pass, the sum of g (a u)
 
     def awaits(self, block: Block, layer: nn.Module) -> None:
         """Before the first backward through a block: have a look at the gradient of its weight in it."""
-        if block in self._looked:
-            return
-        self._looked.add(block)
+        self.looked.add(block)
         weight: Any = layer.weight
         plain = (
             weight.is_leaf
@@ -58,16 +52,14 @@ class Witness:
 
         @torch.utils.hooks.unserializable_hook
         def compare(gradient: Tensor) -> None:
-            if block in self._seen and block in self._waits:
+            if block in self._seen and block in self.waits:
                 self._compare(block, layer, gradient)
 
-        self._waits[block] = u, weight.register_hook(compare)
+        self.waits[block] = u, weight.register_hook(compare)
 
     def gathers(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
         """Add the rows of one call in a backward pass."""
-        if block not in self._waits:
-            return
-        u, _ = self._waits[block]
+        u, _ = self.waits[block]
         rows: dict[str, Any] = dict(approx="expand", dtype=u.dtype)
         a = block.kind.input_rows(
             layer, x, bias=block.bias is not None, output_shape=g.shape, **rows
@@ -79,9 +71,9 @@ class Witness:
 
     @torch.no_grad()
     def _compare(self, block: Block, layer: nn.Module, gradient: Tensor) -> None:
-        (u, handle), (_, seen) = self._waits[block], self._seen[block]
+        (u, handle), (_, seen) = self.waits[block], self._seen[block]
         handle.remove()
-        del self._waits[block], self._seen[block]
+        del self.waits[block], self._seen[block]
         matrix = block.kind.weight_to_matrix(layer, gradient)
         whole = matrix.to(u.dtype) @ u[: matrix.shape[1]]
         size = torch.maximum(whole.norm(), seen.norm())

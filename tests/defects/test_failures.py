@@ -290,3 +290,19 @@ def test_an_error_that_is_no_lost_process_is_not_called_one(monkeypatch, error):
 def test_a_lost_process_is_called_one(monkeypatch, error):
     with pytest.raises(RuntimeError, match="Rank 0 of 2 lost another process"):
         failing_step(monkeypatch, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 8, 80])
+def test_a_gradient_of_zeros_leaves_the_weights_as_they_are(dtype, width):
+    """Its direction has no size, so that none can be given to it."""
+    torch.manual_seed(0)
+    model = nn.Linear(width, width, dtype=dtype)
+    optimizer = SINGD(model)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(torch.randn(3, width, dtype=dtype)) * 0.0).sum().backward()
+        optimizer.step()
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, before[name])

@@ -104,7 +104,7 @@ def test_register_rule():
         register_rule("other", rules.Kfac)
     registered_rules().clear()  # a copy
     assert "singd" in registered_rules()
-    rules.registry._REGISTRY.pop("kfac-without-pi")
+    rules._REGISTRY.pop("kfac-without-pi")
 
 
 @pytest.mark.parametrize(

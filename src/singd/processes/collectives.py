@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from singd.blocks import Block, whole
+from singd.blocks import whole
 from singd.torch_private import all_gather
 
 
@@ -131,30 +131,6 @@ def telling_of_lost_ranks(where: str = "step") -> Iterator[None]:
 # -- sharded parameters ----------------------------------------------------------------------------
 
 BUCKET = 2**25  # bytes: enough for the links to be busy, little beside a model that needs sharding
-
-
-def whole_vectors(
-    blocks: Sequence[Block], vector: Callable[[nn.Parameter], Tensor]
-) -> Iterator[tuple[Block, dict[nn.Parameter, Tensor]]]:
-    """The blocks, each with a vector of each of its parameters, such as the gradient, whole.
-
-    Of those that ``fully_shard`` spread over ranks, as many blocks as fit into a bucket share a gather. Every rank
-    must ask for the same blocks.
-
-    Args:
-        blocks: Those that take part in a step.
-        vector: What is wanted of a parameter: of its shape, and sharded as it is.
-    """
-    bucket: list[Block] = []
-    numbers = 0
-    for i, block in enumerate(blocks):
-        bucket.append(block)
-        numbers += sum(p.numel() * p.element_size() for p in block.params)
-        if numbers >= BUCKET or i == len(blocks) - 1:
-            found = gathered({p: vector(p) for b in bucket for p in b.params})
-            for b in bucket:
-                yield b, {p: found.pop(p) for p in b.params}
-            bucket, numbers = [], 0
 
 
 def gathered(vectors: Mapping[nn.Parameter, Any]) -> dict[nn.Parameter, Tensor]:

@@ -193,7 +193,7 @@ class Ownership:
             states: The optimizer's state; changed in place.
         """
         for block in blocks:
-            block.factors.handed = None
+            block.factors.handed = None if self.divided else {}
             state = states.get(block.weight, {})
             if not block.active or not self.divided or "step" not in state:
                 continue

@@ -80,8 +80,8 @@ def _update_ratio(
         d = [g if after or not alpha_2 else m for g, m in zip(grads, M, strict=True)]
         if nesterov and alpha_2 and not after:
             d = [torch.lerp(g, m.to(g.dtype), alpha_2) for g, m in zip(grads, M, strict=True)]
-        N = _natural(block, factors, block.gradient(dict(zip(block.params, d, strict=True))))
-        d = list(block.kind.from_matrix(block.modules[0], N, block.bias is not None))
+        N = _natural(block, factors, block.matrix(d))
+        d = list(block.parts(N))
         if options["match_rms"] is not None:
             d = [
                 t * (options["match_rms"] * t.numel() ** 0.5 / max(float(t.norm()), 1e-300))

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd.advance import keeps_products
-from singd.blocks import Block, find_blocks, find_slots, unwrapped
+from singd.blocks import Block
 from singd.groups import GROWING, interval
+from singd.plan import find_blocks, find_slots, unwrapped
 from singd.precision import accumulation_dtype
 from singd.report.table import html_table, table
 from singd.rules import INPUT, OUTPUT, find_rule
+from singd.weight_steps import keeps_products
 
 PAIRS: tuple[tuple[str, str], ...] = (
     ("dense", "dense"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from singd.precision import wide_dtype
 from singd.rows import DenseRows
 from singd.rules.base import Curvature, Factors
-from singd.rules.singd import Singd
+from singd.rules.singd import Singd, riemannian_momenta
 from singd.structures import StructuredMatrix
 
 
@@ -48,13 +48,11 @@ class Shampoo(Singd):
             m_K \leftarrow \alpha_1 m_K
                 + \tfrac12 [H_K + \lambda \operatorname{tr}(C^\top C) P(K^\top K) - I]
         """
-        K, C, m_K, m_C, H_K, H_C = factors
-        alpha1 = options["alpha1"]
-        half = 0.5 * (1 - alpha1) if options["normalize_lr_cov"] else 0.5
-        KK, CC = K.gram(), C.gram()
-        new_m_K = (m_K * alpha1).add_(H_K, half).add_(KK, half * damping * CC.average_trace())
-        new_m_C = (m_C * alpha1).add_(H_C, half).add_(CC, half * damping * KK.average_trace())
-        return new_m_K.add_identity_(-half), new_m_C.add_identity_(-half)
+        normalize = bool(options["normalize_lr_cov"])
+        alpha1, ones = options["alpha1"], (1.0, 1.0)
+        return riemannian_momenta(
+            *factors, damping=damping, alpha1=alpha1, normalize=normalize, tr_H=ones
+        )
 
     def scaled_curvature(
         self, H_K: StructuredMatrix, H_C: StructuredMatrix, k: Any, c: Any

@@ -33,6 +33,7 @@ def riemannian_momenta(
     damping: float | Tensor,
     alpha1: float,
     normalize: bool = False,
+    tr_H: tuple[Any, Any] | None = None,
 ) -> tuple[StructuredMatrix, StructuredMatrix]:
     r"""The new momenta of both factors, from the *old* factors on both sides.
 
@@ -41,9 +42,10 @@ def riemannian_momenta(
             + \lambda \operatorname{tr}(C^\top C)\, P(K^\top K) - I\right]
 
     and :math:`m_C` with the roles exchanged. ``normalize`` scales the bracket by :math:`1 - \alpha_1`.
+    ``tr_H`` are other numbers in the place of the average traces of both H.
     """
     KK, CC = K.gram(), C.gram()  # P(K^T K), P(C^T C)
-    tr_H_K, tr_H_C = H_K.average_trace(), H_C.average_trace()
+    tr_H_K, tr_H_C = tr_H or (H_K.average_trace(), H_C.average_trace())
     tr_KK, tr_CC = KK.average_trace(), CC.average_trace()
     half = 0.5 * (1 - alpha1) if normalize else 0.5
 

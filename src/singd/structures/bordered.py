@@ -205,7 +205,7 @@ class Bordered(StructuredMatrix):
 
     @property
     def _few_columns_pay(self) -> bool:
-        """Whether products with few columns take less time than with all: on a CPU, where starting one is cheap."""
+        """Whether products with few columns take less time than with all: on a CPU, which starts one cheaply."""
         return self.device.type == "cpu" and 2 * (self.first + self.last) < self.n
 
 
