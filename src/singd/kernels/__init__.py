@@ -20,6 +20,7 @@ __all__ = [
     "Patches",
     "Window",
     "block_gram",
+    "correlation",
     "diagonal_sums",
     "kernel",
     "matmul",
@@ -73,6 +74,12 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     for t, upper in factors:
         X = toeplitz(t, upper) @ X
     return X
+
+
+@kernel
+def correlation(x: Tensor, t: Tensor) -> Tensor:
+    """The sums over s of x[s + j] t[s], [n], for x and t, [n]: what an upper Toeplitz matrix makes of x."""
+    return pad(x, (0, len(t) - 1)).unfold(0, len(t), 1) @ t
 
 
 @kernel

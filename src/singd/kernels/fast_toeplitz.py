@@ -53,6 +53,14 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     return out.T.contiguous() if X.is_contiguous() else out.T
 
 
+def correlation(x: Tensor, t: Tensor) -> Tensor:
+    """See `kernels.correlation`: in float64 where the device has it, since the terms cancel for j near n."""
+    dtype = x.dtype if x.device.type == "mps" else torch.float64
+    length = _fast_length(2 * len(t) - 1)
+    product = rfft(x.to(dtype), length) * rfft(t.to(dtype), length).conj()
+    return irfft(product, length)[: len(t)].to(x.dtype)
+
+
 def diagonal_sums(Y: Tensor) -> Tensor:
     """See `kernels.diagonal_sums`: the correlation of each column with itself."""
     length = _fast_length(2 * len(Y) - 1)
@@ -77,11 +85,12 @@ def _fast_length(n: int) -> int:
         length += 16
 
 
-def _pays(X: Tensor, *factors: tuple[Tensor, bool]) -> bool:
+def _pays(X: Tensor, *_: object) -> bool:
     """Whether X is large, and not empty, which some libraries refuse to transform."""
     return X.numel() > 0 and len(X) > SMALL["cpu" if X.device.type == "cpu" else "other"]
 
 
 for device in ("cpu", "any"):
     register_kernel("toeplitz_mm", device, toeplitz_mm, _pays)
+    register_kernel("correlation", device, correlation, _pays)
     register_kernel("diagonal_sums", device, diagonal_sums, _pays)
