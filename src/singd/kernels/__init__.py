@@ -33,13 +33,7 @@ __all__ = [
     "toeplitz",
     "toeplitz_mm",
     "use",
-    "wide",
 ]
-
-
-def wide(t: Tensor) -> torch.dtype:
-    """The dtype to sum in: float32 for half precision, whose sums would stall, else the tensor's own."""
-    return torch.promote_types(t.dtype, torch.float32)
 
 
 @kernel

@@ -13,15 +13,12 @@ from torch import Tensor
 from torch.fft import irfft, rfft
 
 from singd.kernels.registry import register_kernel
+from singd.precision import wide_dtype
 
 SMALL = {"cpu": 256, "other": 1024}
 """Up to this n a product with the n x n matrix itself takes less time than one by FFT."""
 CHUNK = 2**17
 """So many numbers are transformed at a time on a CPU, which halves the time."""
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
 
 
 def _step(X: Tensor, length: int) -> int:
@@ -38,7 +35,7 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     length = _fast_length(2 * n - 1)
     spectra = []
     for t, upper in factors:
-        spectrum = rfft(t.to(_wide(t)), length)
+        spectrum = rfft(t.to(wide_dtype(t.dtype)), length)
         spectra.append(spectrum.conj().resolve_conj() if upper else spectrum)
     # along contiguous rows: a transform along the columns of a matrix takes more than twice as long, and
     # torch transposes a whole matrix faster than its parts
@@ -46,7 +43,7 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     out = X.new_empty(m, n, dtype=torch.promote_types(factors[0][0].dtype, X.dtype))
     step = _step(X, length)
     for source, target in zip(columns.split(step), out.split(step), strict=True):
-        rows = source.to(_wide(X))
+        rows = source.to(wide_dtype(X.dtype))
         for spectrum in spectra:
             rows = irfft(rfft(rows, length).mul_(spectrum), length)[:, :n]
         target.copy_(rows)
