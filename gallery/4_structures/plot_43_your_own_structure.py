@@ -40,13 +40,14 @@ from torch import Tensor, nn
 
 import singd
 from singd import SINGD, StructuredMatrix, register_structure, structure
+from singd.structures import static
 
 STEPS, BATCH = 150, 64
 _ = torch.set_num_threads(1)
 
 # %%
-# The fields of the dataclass are its tensors. We keep the block, and a tensor
-# without elements whose shape remembers how many copies there are.
+# The fields of the dataclass are its tensors: here the block. How many copies
+# of it there are is no tensor, hence ``static``: every operation keeps it.
 
 
 @dataclass(eq=False, repr=False)
@@ -54,17 +55,17 @@ class SameBlocks(StructuredMatrix):
     """A block diagonal matrix whose blocks are all equal."""
 
     B: Tensor  # [8, 8]
-    copies: Tensor  # [n / 8, 0]
+    copies: int = static()  # n / 8
 
     @classmethod
     def eye(cls, n, **kw):
         if n % 8:
             raise ValueError(f"SameBlocks needs a multiple of 8, got {n}.")
-        return cls(torch.eye(8, **kw), torch.zeros(n // 8, 0, **kw))
+        return cls(torch.eye(8, **kw), n // 8)
 
     @property
     def n(self):
-        return 8 * len(self.copies)
+        return 8 * self.copies
 
     def mm(self, X):
         return (self.B @ X.reshape(-1, 8, X.shape[1])).reshape(X.shape)
@@ -80,7 +81,7 @@ class SameBlocks(StructuredMatrix):
         return type(self)((blocks @ blocks.mT).mean(0), self.copies)
 
     def trace(self):
-        return len(self.copies) * self.B.diagonal().sum(dtype=torch.float32)
+        return self.copies * self.B.diagonal().sum(dtype=torch.float32)
 
 
 _ = register_structure("same8", SameBlocks, "one 8 x 8 block, repeated")
@@ -130,7 +131,7 @@ def deviations(eye):
 
 class Wrong(SameBlocks):
     def project(self, Y):
-        return super().project(Y) * len(self.copies)
+        return super().project(Y) * self.copies
 
 
 right = deviations(K)
@@ -234,7 +235,7 @@ assert sizes[0] > 2 * sizes[1]
 #
 # .. admonition:: Lessons learned
 #
-#    - A structure is a dataclass of tensors and seven short members.
+#    - A structure is a dataclass of tensors (and sizes) with seven members.
 #    - Derive the projection; then let brute force check it.
 #    - A wrong projection passes every law but its own.
 #
@@ -259,7 +260,7 @@ assert sizes[0] > 2 * sizes[1]
 #
 #            def project(self, Y):
 #                Y = Y.reshape(8, -1)
-#                return type(self)(Y @ Y.T / len(self.copies), self.copies)
+#                return type(self)(Y @ Y.T / self.copies, self.copies)
 #
 #
 #        columns = SameColumns.eye(24, dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from singd import kernels
-from singd.kernels import wide
+from singd.precision import wide_dtype
 
 
 class Rows(ABC):
@@ -71,13 +71,11 @@ class Rows(ABC):
             gram = self.gram()
             whole = self.width == k
             return (gram[None], gram[:0, :0]) if whole else (gram.new_zeros(0, k, k), gram)
-        parts = (kernels.block_gram(part.matrix(), k) for part in self.split())
-        blocks, last = next(parts)
-        dtype = blocks.dtype
-        for more, more_last in parts:
-            blocks = blocks.to(wide(blocks)).add_(more)
-            last = last.to(wide(last)).add_(more_last)
-        return blocks.to(dtype), last.to(dtype)
+        parts = [kernels.block_gram(part.matrix(), k) for part in self.split()]
+        if len(parts) == 1:
+            return parts[0]
+        blocks, last = (torch.stack(same) for same in zip(*parts, strict=True))
+        return blocks.sum(0), last.sum(0)
 
 
 class DenseRows(Rows):
@@ -104,7 +102,7 @@ class DenseRows(Rows):
         rows = self._rows
         if rows.ndim == 3 and rows.stride(-2) == 1:  # [B, positions, d] of a convolution
             # one pass along contiguous positions, where square and sum would make a tensor between them
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=wide(rows))
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=wide_dtype(rows.dtype))
             return norms.square().sum(0).to(rows.dtype)
         return _total(rows.square())
 
@@ -123,8 +121,20 @@ class WithOnes(Rows):
         self._rows, self.count, self.width = rows, rows.count, rows.width + 1
 
     def matrix(self) -> Tensor:
-        # Part by part, so that A is not held beside [A | 1].
-        return _beside_ones(self.count, (part.matrix() for part in self._rows.split()))
+        # Written part by part, so that A is not held beside [A | 1]; in the layout of A, so that a transposed one
+        # stays cheap to turn.
+        out, done = torch.empty(0), 0
+        for part in (some.matrix() for some in self._rows.split()):
+            across, shape = part.stride(-1) != 1, (self.count, self.width)
+            if len(part) == self.count:
+                return (
+                    pad(part.T, (0, 0, 0, 1), value=1).T if across else pad(part, (0, 1), value=1)
+                )
+            if not done:
+                out = part.new_ones(shape[::-1]).T if across else part.new_ones(shape)
+            out[done : done + len(part), :-1] = part
+            done += len(part)
+        return out
 
     def gram(self) -> Tensor:
         return _border(self._rows.gram(), self._rows.sums(), self.count)
@@ -162,20 +172,6 @@ def _total(rows: Tensor) -> Tensor:
     if rows.is_contiguous():  # torch sums one dimension faster than several
         rows = rows.flatten(0, -2)
     return rows.sum(tuple(range(rows.ndim - 1)))
-
-
-def _beside_ones(count: int, parts: Iterator[Tensor]) -> Tensor:
-    """[A | 1] for A [count, d] in parts, in their layout: a transposed A stays cheap to turn."""
-    out, done = torch.empty(0), 0
-    for part in parts:
-        across, shape = part.stride(-1) != 1, (count, part.shape[1] + 1)
-        if len(part) == count:
-            return pad(part.T, (0, 0, 0, 1), value=1).T if across else pad(part, (0, 1), value=1)
-        if not done:
-            out = part.new_ones(shape[::-1]).T if across else part.new_ones(shape)
-        out[done : done + len(part), :-1] = part
-        done += len(part)
-    return out
 
 
 def _append(v: Tensor, count: int) -> Tensor:

@@ -55,6 +55,12 @@ def toeplitz(dtype):
             yield X, *factors
 
 
+def vectors(dtype):
+    for n in LONG:
+        wide = torch.promote_types(dtype, torch.float32)
+        yield random(n, dtype=wide), random(n, dtype=wide)
+
+
 def columns(dtype):
     for n, m, across in itertools.product(LONG, SIZES, (False, True)):
         wide = torch.promote_types(dtype, torch.float32)  # they come in the dtype to sum in
@@ -73,6 +79,7 @@ CASES = {
     "matmul_symmetric": symmetric,
     "block_gram": rows_and_width,
     "toeplitz_mm": toeplitz,
+    "correlation": vectors,
     "diagonal_sums": columns,
     "patch_gram": lambda dtype: ((p,) for p in patches(dtype)),
     "patch_sums": lambda dtype: ((p, squared) for p in patches(dtype) for squared in (False, True)),

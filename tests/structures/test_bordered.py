@@ -9,7 +9,12 @@ from structure_cases import STRUCTURES, member
 
 from singd import kernels, structure
 from singd.rows import DenseRows
-from singd.structures import Bordered, Transposed, from_recursive_layout
+from singd.structures import (
+    Bordered,
+    StructuredMatrix,
+    Transposed,
+    from_recursive_layout,
+)
 
 F64 = torch.float64
 DATA = Path(__file__).parent.parent / "data"
@@ -60,6 +65,14 @@ def test_all_routes_agree_with_dense_matrices(name, n, m):
             found = results(A, B, X, rows)
         for what, value in found.items():
             torch.testing.assert_close(value, expected[what], rtol=0, atol=1e-11, msg=what)
+    inner = A.of if isinstance(A, Transposed) else A
+    for what in ("project_congruence", "project_cocongruence"):  # elsewhere than on a CPU
+        torch.testing.assert_close(
+            getattr(StructuredMatrix, what)(inner, rows).dense(),
+            getattr(inner, what)(rows).dense(),
+            rtol=0,
+            atol=1e-11,
+        )
     torch.testing.assert_close(A.T.dense() @ unit, a.T)
 
 

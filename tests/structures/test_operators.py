@@ -17,8 +17,9 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(8, 8, 3, stride=2, device="meta"), (4, 8, 9, 9, 9)),
     "transposed": (lambda: nn.ConvTranspose2d(64, 64, 3, stride=2, device="meta"), (8, 64, 14, 14)),
 }
-# the circulant is a user's, without a form of its own for anything
-MOST = {"diagonal": 23, "dense": 25, "block": 35, "tri": 52, "hierarchical": 62, "circulant": 70}
+MOST = 40
+# two sets of dense rows, each with products of its own; the circulant is a user's, without a form of its own
+MORE = {"hierarchical": 50, "circulant": 62}
 
 
 class Operators(TorchDispatchMode):
@@ -65,8 +66,8 @@ def test_few_operators_and_none_that_waits(name, layer, approx):
     with torch.no_grad(), Operators() as operators:
         gather(approx)
         update()
-    (most,) = (count for prefix, count in MOST.items() if name.startswith(prefix))
-    assert operators.count <= most
+    more = [count for prefix, count in MORE.items() if name.startswith(prefix)]
+    assert operators.count <= (more[0] if more else MOST)
 
 
 @pytest.mark.parametrize("method", ["mm", "tmm", "mm_AAt", "mm_AtA"])

@@ -20,6 +20,7 @@ __all__ = [
     "Patches",
     "Window",
     "block_gram",
+    "correlation",
     "diagonal_sums",
     "kernel",
     "matmul",
@@ -32,13 +33,7 @@ __all__ = [
     "toeplitz",
     "toeplitz_mm",
     "use",
-    "wide",
 ]
-
-
-def wide(t: Tensor) -> torch.dtype:
-    """The dtype to sum in: float32 for half precision, whose sums would stall, else the tensor's own."""
-    return torch.promote_types(t.dtype, torch.float32)
 
 
 @kernel
@@ -73,6 +68,12 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     for t, upper in factors:
         X = toeplitz(t, upper) @ X
     return X
+
+
+@kernel
+def correlation(x: Tensor, t: Tensor) -> Tensor:
+    """The sums over s of x[s + j] t[s], [n], for x and t, [n]: what an upper Toeplitz matrix makes of x."""
+    return pad(x, (0, len(t) - 1)).unfold(0, len(t), 1) @ t
 
 
 @kernel

@@ -13,15 +13,12 @@ from torch import Tensor
 from torch.fft import irfft, rfft
 
 from singd.kernels.registry import register_kernel
+from singd.precision import wide_dtype
 
 SMALL = {"cpu": 256, "other": 1024}
 """Up to this n a product with the n x n matrix itself takes less time than one by FFT."""
 CHUNK = 2**17
 """So many numbers are transformed at a time on a CPU, which halves the time."""
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
 
 
 def _step(X: Tensor, length: int) -> int:
@@ -38,7 +35,7 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     length = _fast_length(2 * n - 1)
     spectra = []
     for t, upper in factors:
-        spectrum = rfft(t.to(_wide(t)), length)
+        spectrum = rfft(t.to(wide_dtype(t.dtype)), length)
         spectra.append(spectrum.conj().resolve_conj() if upper else spectrum)
     # along contiguous rows: a transform along the columns of a matrix takes more than twice as long, and
     # torch transposes a whole matrix faster than its parts
@@ -46,11 +43,19 @@ def toeplitz_mm(X: Tensor, *factors: tuple[Tensor, bool]) -> Tensor:
     out = X.new_empty(m, n, dtype=torch.promote_types(factors[0][0].dtype, X.dtype))
     step = _step(X, length)
     for source, target in zip(columns.split(step), out.split(step), strict=True):
-        rows = source.to(_wide(X))
+        rows = source.to(wide_dtype(X.dtype))
         for spectrum in spectra:
             rows = irfft(rfft(rows, length).mul_(spectrum), length)[:, :n]
         target.copy_(rows)
     return out.T.contiguous() if X.is_contiguous() else out.T
+
+
+def correlation(x: Tensor, t: Tensor) -> Tensor:
+    """See `kernels.correlation`: in float64 where the device has it, since the terms cancel for j near n."""
+    dtype = x.dtype if x.device.type == "mps" else torch.float64
+    length = _fast_length(2 * len(t) - 1)
+    product = rfft(x.to(dtype), length) * rfft(t.to(dtype), length).conj()
+    return irfft(product, length)[: len(t)].to(x.dtype)
 
 
 def diagonal_sums(Y: Tensor) -> Tensor:
@@ -77,11 +82,12 @@ def _fast_length(n: int) -> int:
         length += 16
 
 
-def _pays(X: Tensor, *factors: tuple[Tensor, bool]) -> bool:
+def _pays(X: Tensor, *_: object) -> bool:
     """Whether X is large, and not empty, which some libraries refuse to transform."""
     return X.numel() > 0 and len(X) > SMALL["cpu" if X.device.type == "cpu" else "other"]
 
 
 for device in ("cpu", "any"):
     register_kernel("toeplitz_mm", device, toeplitz_mm, _pays)
+    register_kernel("correlation", device, correlation, _pays)
     register_kernel("diagonal_sums", device, diagonal_sums, _pays)

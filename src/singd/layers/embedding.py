@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from singd.layers.base import Approx, LayerKind
+from singd.precision import wide_dtype
 from singd.rows import DenseRows, Rows
 
 SPARSE = "sparse gradients"
@@ -34,9 +37,8 @@ class OneHotRows(Rows):
     def squares(self) -> Tensor:
         # Not bincount, which is not deterministic on every device; counted in float32 at least,
         # because adding ones stops at 256 in bfloat16.
-        wide = torch.promote_types(self._dtype, torch.float32)
-        counts = torch.zeros(self.width, dtype=wide, device=self._tokens.device)
-        counts.index_add_(0, self._tokens, torch.ones_like(self._tokens, dtype=wide))
+        ones = torch.ones_like(self._tokens, dtype=wide_dtype(self._dtype))
+        counts = ones.new_zeros(self.width).index_add_(0, self._tokens, ones)
         return self._without_skip(counts).to(self._dtype)
 
     def sums(self) -> Tensor:
@@ -47,11 +49,8 @@ class OneHotRows(Rows):
 
     def mm(self, Y: Tensor) -> Tensor:
         rows = Y[self._tokens]
-        return (
-            rows
-            if self._skip is None
-            else rows.masked_fill((self._tokens == self._skip)[:, None], 0)
-        )
+        skipped = self._tokens == (-1 if self._skip is None else self._skip)
+        return rows.masked_fill(skipped[:, None], 0)
 
     def _without_skip(self, t: Tensor) -> Tensor:
         """Zero the skipped column of t [..., V], in place."""
@@ -81,10 +80,8 @@ class EmbeddingKind(LayerKind):
         return super().supports(layer)
 
     def inputs(self, layer: nn.Embedding, x: Tensor) -> Tensor:
-        one_hot = OneHotRows(
-            x.flatten(), layer.num_embeddings, layer.weight.dtype, layer.padding_idx
-        ).matrix()
-        return one_hot.unflatten(0, self._batch_and_shared(x))
+        rows = self.bare_rows(layer, x, "expand", layer.weight.dtype, None)
+        return rows.matrix().unflatten(0, self._batch_and_shared(x))
 
     def grads(self, layer: nn.Embedding, g: Tensor) -> Tensor:
         return g.reshape(*self._batch_and_shared(g[..., 0]), g.shape[-1])
@@ -95,15 +92,8 @@ class EmbeddingKind(LayerKind):
     def matrix_to_weight(self, layer: nn.Embedding, matrix: Tensor) -> Tensor:
         return matrix.T
 
-    def input_rows(
-        self,
-        layer: nn.Embedding,
-        x: Tensor,
-        *,
-        approx: Approx,
-        bias: bool,
-        dtype: torch.dtype,
-        output_shape: Size | None = None,
+    def bare_rows(
+        self, layer: Any, x: Tensor, approx: Approx, dtype: torch.dtype, output_shape: Size | None
     ) -> Rows:
         return OneHotRows(x.flatten(), layer.num_embeddings, dtype, layer.padding_idx)
 

@@ -14,13 +14,11 @@ from singd.layers.linear import LinearKind
 
 KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LinearKind(),
-    nn.Conv1d: ConvKind(),
-    nn.Conv2d: ConvKind(),
-    nn.Conv3d: ConvKind(),
-    nn.ConvTranspose1d: ConvTransposeKind(),
-    nn.ConvTranspose2d: ConvTransposeKind(),
-    nn.ConvTranspose3d: ConvTransposeKind(),
     nn.Embedding: EmbeddingKind(),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvKind()),
+    **dict.fromkeys(
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeKind()
+    ),
 }
 """The kind of each layer class that SINGD preconditions."""
 

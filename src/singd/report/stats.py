@@ -11,13 +11,13 @@ from torch import Tensor
 
 from singd.blocks import Block, whole
 from singd.checkpoint import state_bytes
-from singd.processes.ownership import Ownership
+from singd.processes.ownership import Ownership, States
 
 
 @torch.no_grad()
 def stats(
     blocks: Sequence[Block],
-    states: Mapping[Any, Mapping[str, Any]],
+    states: States,
     group_of: Mapping[Any, Mapping[str, Any]],
     ownership: Ownership,
 ) -> dict[str, dict[str, float]]:
@@ -43,25 +43,26 @@ def stats(
     result = {}
     for block in [b for b in blocks if "step" in states.get(b.weight, {})]:
         state, blueprints = states[block.weight], block.blueprints()
-        (numbers,) = ownership.gathered([block], states, "stats")  # type: ignore[arg-type]
+        (numbers,) = ownership.gathered([block], states, "stats")
         factors = {name: blueprints[name].from_flat(v) for name, v in numbers.items()}
-        line: dict[str, float] = {}
-        for key, matrix in factors.items():
-            line["norm_" + key] = float(matrix.norm())
-            line["trace_" + key] = float(matrix.average_trace())
-        line["update_ratio"] = _update_ratio(block, states, group_of, factors)
-        line["cosine"] = _cosine(block, factors)
-        line["age"] = (
-            state["step"] - 1 - state["last_update"] if state["last_update"] >= 0 else math.inf
-        )
-        line["state_bytes"] = sum(state_bytes(states[p]) for p in block.params if p in states)
-        result[block.name] = line
+        age = state["step"] - 1 - state["last_update"]
+        result[block.name] = {
+            **{
+                f"{what}_{key}": float(value)
+                for key, A in factors.items()
+                for what, value in (("norm", A.norm()), ("trace", A.average_trace()))
+            },
+            "update_ratio": _update_ratio(block, states, group_of, factors),
+            "cosine": _cosine(block, factors),
+            "age": age if state["last_update"] >= 0 else math.inf,
+            "state_bytes": sum(state_bytes(states[p]) for p in block.params if p in states),
+        }
     return result
 
 
 def _update_ratio(
     block: Block,
-    states: Mapping[Any, Mapping[str, Any]],
+    states: States,
     group_of: Mapping[Any, Mapping[str, Any]],
     factors: dict[str, Any],
 ) -> float:

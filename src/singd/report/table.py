@@ -30,45 +30,28 @@ def rows(
         states: The optimizer's.
     """
     group_of = {p: i for i, g in enumerate(param_groups) for p in g["params"]}
+
+    def size(params: Sequence[Any]) -> str:
+        return f"{sum(state_bytes(states[p]) for p in params if p in states):,}"
+
     lines: list[tuple[str, ...]] = []
     seen = set()
     for block in blocks:
         if block.weight not in group_of:
             continue
-        d_o, d_i = block.size
         seen.update(block.params)
-        structures = block.structures()
-        size = sum(state_bytes(states[p]) for p in block.params if p in states)
-        lines.append(
-            (
-                " = ".join(block.names),
-                type(block.modules[0]).__name__,
-                f"{d_o} x {d_i}",
-                structures[INPUT].name,
-                structures[OUTPUT].name,
-                f"{size:,}",
-                str(group_of[block.weight]),
-            )
-        )
+        layer = " = ".join(block.names), type(block.modules[0]).__name__
+        K, C = (block.structures()[side].name for side in (INPUT, OUTPUT))
+        matrix, group = "{} x {}".format(*block.size), str(group_of[block.weight])
+        lines.append((*layer, matrix, K, C, size(block.params), group))
     for p, name in names.items():
         if p in seen:
             continue
-        group = group_of.get(p)
-        what = "left out" if group is None else param_groups[group]["algorithm"]
-        reason = reasons.get(p)
-        size = state_bytes(states[p]) if p in states else 0
-        shape = " x ".join(map(str, p.shape)) or "1"
-        lines.append(
-            (
-                name,
-                what + (f" ({reason})" if reason else ""),
-                shape,
-                "-",
-                "-",
-                f"{size:,}",
-                "-" if group is None else str(group),
-            )
-        )
+        i, reason = group_of.get(p), reasons.get(p)
+        what = "left out" if i is None else param_groups[i]["algorithm"]
+        what += f" ({reason})" if reason else ""
+        shape, group = " x ".join(map(str, p.shape)) or "1", "-" if i is None else str(i)
+        lines.append((name, what, shape, "-", "-", size([p]), group))
     return lines
 
 
@@ -77,13 +60,10 @@ def table(
 ) -> str:
     """The rows as aligned text."""
     lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = [
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     text.insert(1, "-" * max(map(len, text)))
-    return f"{title}\n" + "\n".join(text)
+    return "\n".join([title, *text])
 
 
 def html_table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:

@@ -7,7 +7,7 @@ for speed, and what that is worth, is listed under "What to override" in ``docs/
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from singd.kernels import wide
+from singd.precision import wide_dtype
 from singd.rows import Rows
 from singd.structures import picture
 
@@ -46,15 +46,12 @@ class Preconditioner:
 
     multiply: Callable[[Tensor], Tensor]
     dtype: torch.dtype
-    multiply_: Callable[[Tensor], Tensor] | None = None  # the same, where X may be overwritten
 
     def mm_AAt(self, X: Tensor) -> Tensor:
         """A A^T X for a dense X, [n, m]."""
         return self.multiply(X)
 
-    def mm_AAt_(self, X: Tensor) -> Tensor:
-        """The same, where X may be overwritten."""
-        return (self.multiply_ or self.multiply)(X)
+    mm_AAt_ = mm_AAt
 
 
 @dataclass(eq=False, repr=False)
@@ -161,19 +158,8 @@ class StructuredMatrix(ABC):
         parts = (self.project(apply(part.matrix().T)) for part in rows.split())
         total = next(parts)
         for P in parts:
-            total = total.to(dtype=wide(P._first())).add_(P)
+            total = total.to(dtype=wide_dtype(P._first().dtype)).add_(P)
         return total.to(dtype=self.dtype)
-
-    def project_pair(self: Self, V: Tensor, W: Tensor) -> Self:
-        """P(V W^T + W V^T) for dense V and W, [n, m]."""
-        # By polarisation, as P is linear. Without equal norms the larger of the two squares would
-        # drown the product: V is often a factor and W a statistic that is smaller by many orders.
-        v, w = (torch.linalg.vector_norm(t, dim=0, dtype=wide(t)) for t in (V, W))
-        tiny = torch.finfo(v.dtype).tiny
-        balance = (w.clamp(min=tiny) / v.clamp(min=tiny)).sqrt()
-        V, W, dtype = V * balance, W / balance, V.dtype
-        P = self.project(V + W).mul_(0.5).add_(self.project(V - W), -0.5)
-        return P.to(dtype=dtype)
 
     # -- a vector space, number by number ----------------------------------------------------------------
 
@@ -269,7 +255,7 @@ class StructuredMatrix(ABC):
         Args:
             products: How many products to take, at least 1.
         """
-        A = self.to(dtype=wide(self._first()))
+        A = self.to(dtype=wide_dtype(self._first().dtype))
         # cosines of angles that grow quadratically: no two entries and no two vectors are alike
         step = torch.arange(1, self.n + 1, dtype=A.dtype, device=self.device)[:, None]
         X = (step * step * (0.618 * torch.arange(1, 5, dtype=A.dtype, device=self.device))).cos()
@@ -295,11 +281,6 @@ class StructuredMatrix(ABC):
         """The first of the stored tensors."""
         return self.tensors()[0]
 
-    def with_tensors(self: Self, tensors: Sequence[Tensor]) -> Self:
-        """The matrix of this structure that stores other tensors; the inverse of ``tensors``."""
-        rest = iter(tensors)
-        return self.map(lambda _: next(rest))
-
     def flat(self) -> Tensor:
         """All stored numbers as one vector, [numel]; a view where there is one tensor only."""
         tensors = [t.reshape(-1) for t in self.tensors()]
@@ -311,14 +292,12 @@ class StructuredMatrix(ABC):
         Raises:
             ValueError: If the vector is of another length.
         """
-        old = self.tensors()
-        sizes = [t.numel() for t in old]
-        if flat.shape != (sum(sizes),):
+        if flat.shape != (self.numel,):
             raise ValueError(
                 f"{self!r} stores {self.numel} numbers, got a tensor of {tuple(flat.shape)}."
             )
-        parts = flat.split_with_sizes(sizes)
-        return self.with_tensors([p.view(t.shape) for p, t in zip(parts, old, strict=True)])
+        parts = iter(flat.split_with_sizes([t.numel() for t in self.tensors()]))
+        return self.map(lambda t: next(parts).view(t.shape))
 
     @property
     def numel(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.kernels import wide
+from singd.precision import wide_dtype
 from singd.rows import Rows
 from singd.structures.base import Preconditioner, StructuredMatrix
 
@@ -59,7 +59,7 @@ class BlockDiagonal(StructuredMatrix):
         return BlockDiagonal(top @ top.mT, bottom @ bottom.T)
 
     def trace(self) -> Tensor:
-        dtype = wide(self.last)
+        dtype = wide_dtype(self.last.dtype)
         whole = self.blocks.diagonal(dim1=1, dim2=2).sum(dtype=dtype)
         return whole + self.last.diagonal().sum(dtype=dtype)
 

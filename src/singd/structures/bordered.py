@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from singd.kernels import wide
+from singd.precision import wide_dtype
 from singd.rows import Rows
 from singd.structures.base import Preconditioner, StructuredMatrix, Transposed, static
 
@@ -60,105 +60,106 @@ class Bordered(StructuredMatrix):
 
     @property
     def top(self) -> Tensor:
-        """The first rows, [k, n]."""
+        """The first rows, [A, B1, B2], [k, n]."""
         start, k, n = self._end - self.first, self.first, self.size
         return self.numbers[start : start + k * n].view(k, n)
 
     @property
     def bottom(self) -> Tensor:
-        """The last rows from column k on, [l, n - k]."""
+        """The last rows from column k on, [F, G], [l, n - k]."""
         width = self.size - self.first
         return self.numbers[len(self.numbers) - self.last * width :].view(self.last, width)
 
+    def _blocks(self) -> tuple[Tensor, ...]:
+        """A, B1, B2, F, G."""
+        k, end = self.first, self._end
+        top, bottom = self.top.tensor_split((k, end), 1), self.bottom.tensor_split((end - k,), 1)
+        return *top, *bottom
+
     def _rows(self) -> Tensor:
         """The dense rows, R = [[A, B1, B2], [0, F, G]], [k + l, n]."""
-        if not (self.first and self.last):
-            return self.top if self.first else self.bottom
         return torch.cat([self.top, pad(self.bottom, (self.first, 0))])
 
     def _take(self, X: Tensor) -> Tensor:
         """The rows of X, [n, m], at the places of the dense rows, [k + l, m]."""
-        if not (self.first and self.last):
-            return X[: self.first] if self.first else X[self._end :]
         return torch.cat([X[: self.first], X[self._end :]])
 
-    def _with(self, d: Tensor, top: Tensor, bottom: Tensor) -> Bordered:
-        """The matrix of this structure with these parts, of the same shapes as its own."""
-        numbers = torch.cat([d, top.reshape(-1), bottom.reshape(-1)])
-        return Bordered(numbers, self.size, self.first, self.last)
+    def _empty(self, like: Tensor) -> Bordered:
+        """One of the same sizes, to be written into."""
+        return Bordered(like.new_empty(len(self.numbers)), self.size, self.first, self.last)
 
-    def _projected_from(self, d: Tensor, top: Tensor, bottom: Tensor) -> Bordered:
-        """P(N) from these parts of N: twice what is off its diagonal blocks."""
-        N = self._with(d, top, bottom)
-        N.top[:, self.first :].mul_(2)
-        N.bottom[:, : self._end - self.first].mul_(2)
-        return N
+    def _doubled(self) -> Bordered:
+        """P(N) in the place of these entries of N: twice what is off its diagonal blocks."""
+        self.top[:, self.first :].mul_(2)
+        self.bottom[:, : self._end - self.first].mul_(2)
+        return self
 
     # -- the primitives ------------------------------------------------------------------------------
 
     def mm(self, X: Tensor) -> Tensor:
-        k, rows = self.first, self._rows() @ X
-        return torch.cat([rows[:k], self.d[:, None] * X[k : self._end], rows[k:]])
+        k = self.first
+        middle = self.d[:, None] * X[k : self._end]
+        return torch.cat([self.top @ X, middle, self.bottom @ X[k:]])
 
     def tmm(self, X: Tensor) -> Tensor:
         k, end = self.first, self._end
-        if k:
-            out = self.top.T @ X[:k]
-            out[k:].addmm_(self.bottom.T, X[end:])
-        else:
-            out = self.bottom.T @ X[end:]
+        out = self.top.T @ X[:k]
+        out[k:].addmm_(self.bottom.T, X[end:])
         out[k:end].addcmul_(self.d[:, None], X[k:end])
         return out
 
-    def _left(self, S: Tensor) -> Tensor:
-        """S K for S, [m, n]; or without the first k columns of both, where those of S are zero."""
-        k, end = self.first, self._end
-        if S.shape[1] == self.size and k:
-            out = S[:, :k] @ self.top
-            out[:, k:].addmm_(S[:, end:], self.bottom)
-        else:
-            k, end = 0, end - k
-            out = S[:, end:] @ self.bottom
-        out[:, k:end].addcmul_(S[:, k:end], self.d)
-        return out
-
     def compose(self, other: Bordered) -> Bordered:
-        return self._with(self.d * other.d, other._left(self.top), other._left(self.bottom))
+        k, end, M = self.first, self._end, self._empty(self.numbers)
+        A, B1, B2, F, G = self._blocks()
+        torch.mul(self.d, other.d, out=M.d)
+        torch.mm(A, other.top, out=M.top)
+        M.top[:, k:].addmm_(B2, other.bottom)
+        M.top[:, k:end].addcmul_(B1, other.d)
+        torch.mm(G, other.bottom, out=M.bottom)
+        M.bottom[:, : end - k].addcmul_(F, other.d)
+        return M
 
     def project(self, Y: Tensor) -> Bordered:
-        k, end = self.first, self._end
-        squares = Y[k:end].square().sum(1)
-        return self._projected_from(squares, Y[:k] @ Y.T, Y[end:] @ Y[k:].T)
+        k, end, N = self.first, self._end, self._empty(Y)
+        torch.sum(Y[k:end].square(), 1, out=N.d)
+        torch.mm(Y[:k], Y.T, out=N.top)
+        torch.mm(Y[end:], Y[k:].T, out=N.bottom)
+        return N._doubled()
 
     def trace(self) -> Tensor:
-        dtype, k = wide(self.numbers), self.first
-        diagonals = [self.d, self.top.diagonal(), self.bottom[:, self._end - k :].diagonal()]
-        return torch.cat(diagonals).sum(dtype=dtype)
+        A, _, _, _, G = self._blocks()
+        diagonals = torch.cat([self.d, A.diagonal(), G.diagonal()])
+        return diagonals.sum(dtype=wide_dtype(self.dtype))
 
     # -- for speed -----------------------------------------------------------------------------------
 
     def add_identity_(self, alpha: float | Tensor) -> Bordered:
-        self.d.add_(alpha)
-        self.top.diagonal().add_(alpha)
-        self.bottom[:, self._end - self.first :].diagonal().add_(alpha)
+        A, _, _, _, G = self._blocks()
+        for diagonal in (self.d, A.diagonal(), G.diagonal()):
+            diagonal.add_(alpha)
         return self
 
     def gram(self) -> Bordered:
-        k, end, top, bottom = self.first, self._end, self.top, self.bottom
-        middle = torch.cat([self.d[None], top[:, k:end], bottom[:, : end - k]])
-        rows = bottom[:, end - k :].T @ bottom  # of K^T K, the last ones
-        rows.addmm_(top[:, end:].T, top[:, k:])
-        return self._projected_from(middle.square().sum(0), top[:, :k].T @ top, rows)
+        N, (A, B1, B2, F, G) = self._empty(self.numbers), self._blocks()
+        torch.sum(torch.cat([self.d[None], B1, F]).square(), 0, out=N.d)
+        torch.mm(A.T, self.top, out=N.top)
+        torch.mm(B2.T, self.top[:, self.first :], out=N.bottom)
+        N.bottom.addmm_(G.T, self.bottom)
+        return N._doubled()
 
     def cogram(self) -> Bordered:
-        k, N = self.first, self.mm(self._rows().T).T  # the dense rows of K K^T
-        return self._projected_from(self.d.square(), N[:k], N[k:, k:])
+        N, (_, B1, _, F, _) = self._empty(self.numbers), self._blocks()
+        NA, NB1, NB2, NF, NG = N._blocks()
+        torch.square(self.d, out=N.d)
+        torch.mm(self.top, self.top.T, out=NA)
+        torch.mul(B1, self.d, out=NB1)
+        torch.mm(self.top[:, self.first :], self.bottom.T, out=NB2)
+        torch.mul(F, self.d, out=NF)
+        torch.mm(self.bottom, self.bottom.T, out=NG)
+        return N._doubled()
 
     def mm_AAt(self, X: Tensor) -> Tensor:
         return self.preconditioner().mm_AAt(X)
-
-    def mm_AAt_(self, X: Tensor) -> Tensor:
-        return self.preconditioner().mm_AAt_(X)
 
     def mm_AtA(self, X: Tensor) -> Tensor:
         R, middle = self._rows(), slice(self.first, self._end)
@@ -169,16 +170,15 @@ class Bordered(StructuredMatrix):
     def preconditioner(self) -> Preconditioner:
         N = self.mm(
             self._rows().T
-        ).T  # the rows of K K^T, whose others are diagonal but for their transposes
+        ).T  # the dense rows of K K^T; the others are their transposes, and diagonal
         d, k, end = pad(self.d.square(), (self.first, self.last))[:, None], self.first, self._end
 
-        def multiply_(X: Tensor) -> Tensor:
-            taken, rows = self._take(X).clone(), N @ X
-            out = X.mul_(d).addmm_(N.T, taken)
+        def multiply(X: Tensor) -> Tensor:
+            rows, out = N @ X, (d * X).addmm_(N.T, self._take(X))
             out[:k], out[end:] = rows[:k], rows[k:]
             return out
 
-        return Preconditioner(lambda X: multiply_(X.clone()), self.dtype, multiply_)
+        return Preconditioner(multiply, self.dtype)
 
     # K^T S K for S = R^T R needs few columns of S, and K S K^T few products with R: nothing of size m x n is
     # formed, which a convolution would have to unfold.
@@ -186,22 +186,27 @@ class Bordered(StructuredMatrix):
     def project_congruence(self, rows: Rows) -> Bordered:
         if not self._few_columns_pay:
             return super().project_congruence(rows)
-        k, end, R = self.first, self._end, self._rows()
-        columns = torch.cat([rows.columns(0, k), rows.columns(end, self.n)], dim=1)
-        S = rows.tmm(columns).T  # the dense rows of R^T R
-        SK = self._left(S)
-        middle = torch.addcmul(SK[:, k:end], S[:, k:end], self.d)
-        squares = self.d.square() * rows.squares()[k:end] + (R[:, k:end] * middle).sum(0)
-        N = self._take(R.T) @ SK  # the dense rows of K^T S K
-        return self._projected_from(squares, N[:k], N[k:, k:])
+        middle, R = slice(self.first, self._end), self._rows()
+        columns = [rows.columns(0, self.first), rows.columns(self._end, self.n)]
+        S = rows.tmm(torch.cat(columns, dim=1))  # S at the dense rows, [n, k + l]
+        KS = self.tmm(S)
+        both = torch.addcmul(KS[middle], S[middle], self.d[:, None])
+        squares = self.d.square() * rows.squares()[middle] + (R[:, middle].T * both).sum(1)
+        return self._packed(squares, self._take(R.T) @ KS.T)
 
     def project_cocongruence(self, rows: Rows) -> Bordered:
         if not self._few_columns_pay:
             return super().project_cocongruence(rows)
-        k = self.first
-        N = self.mm(rows.tmm(rows.mm(self._rows().T))).T  # the dense rows of K S K^T
-        squares = self.d.square() * rows.squares()[k : self._end]
-        return self._projected_from(squares, N[:k], N[k:, k:])
+        N = self.mm(rows.tmm(rows.mm(self._rows().T))).T
+        return self._packed(self.d.square() * rows.squares()[self.first : self._end], N)
+
+    def _packed(self, diagonal: Tensor, N: Tensor) -> Bordered:
+        """P(N) from the middle of its diagonal and from its dense rows, [k + l, n]."""
+        P, k = self._empty(N), self.first
+        P.d.copy_(diagonal)
+        P.top.copy_(N[:k])
+        P.bottom.copy_(N[k:, k:])
+        return P._doubled()
 
     @property
     def _few_columns_pay(self) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.kernels import matmul, matmul_symmetric, wide
+from singd.kernels import matmul, matmul_symmetric
+from singd.precision import wide_dtype
 from singd.rows import Rows
 from singd.structures.base import Preconditioner, StructuredMatrix
 
@@ -40,7 +41,7 @@ class Dense(StructuredMatrix):
         return Dense(matmul_symmetric(Y, Y.T))
 
     def trace(self) -> Tensor:
-        return self.a.diagonal().sum(dtype=wide(self.a))
+        return self.a.diagonal().sum(dtype=wide_dtype(self.a.dtype))
 
     # -- for speed -----------------------------------------------------------------------------------
 
@@ -72,4 +73,4 @@ class Dense(StructuredMatrix):
         return self.a
 
     def norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.a, dtype=wide(self.a))
+        return torch.linalg.vector_norm(self.a, dtype=wide_dtype(self.a.dtype))

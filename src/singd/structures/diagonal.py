@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.kernels import wide
+from singd.precision import wide_dtype
 from singd.rows import Rows
 from singd.structures.base import StructuredMatrix
 
@@ -40,7 +40,7 @@ class Diagonal(StructuredMatrix):
         return Diagonal(Y.square().sum(1))
 
     def trace(self) -> Tensor:
-        return self.d.sum(dtype=wide(self.d))
+        return self.d.sum(dtype=wide_dtype(self.d.dtype))
 
     # -- for speed -----------------------------------------------------------------------------------
 

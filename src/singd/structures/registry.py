@@ -62,40 +62,27 @@ class Family:
         return self.of(*map(int, match.groups())) if match else None
 
 
-def _bordered(transpose: bool, *ends: str) -> Callable[..., Make]:
-    """The makers of bordered structures, or of their transposes, with some dense rows at these ends."""
-
-    def family(*sizes: int) -> Make:
-        make = partial(Bordered.eye, **dict(zip(ends, sizes, strict=True)))
-        return transposed(make) if transpose else make
-
-    return family
-
-
-_RANK_K = ("(k+1) d", "k d")
+_RANK_K, _PARTS = ("(k+1) d", "k d"), "dense block of {} first, its border, a diagonal"
 _TOEPLITZ = r"P(N)_0 = \operatorname{mean}_i N_{ii},\; P(N)_j = 2\operatorname{mean}_i N_{i,i+j}"
-_BLOCKS = r"\text{the diagonal blocks of } N"
 _CORNERS = r"N_{11},\; N_{33},\; 2 N_{12},\; 2 N_{13},\; 2 N_{32},\; \operatorname{diag} N_{22}"
-_LOWER_FIRST = r"N_{11},\; 2 N_{21},\; \operatorname{diag} N_{22}"
-_UPPER_FIRST = r"N_{11},\; 2 N_{12},\; \operatorname{diag} N_{22}"
-_LOWER_LAST = r"\operatorname{diag} N_{11},\; 2 N_{21},\; N_{22}"
-_UPPER_LAST = r"\operatorname{diag} N_{11},\; 2 N_{12},\; N_{22}"
 
 # fmt: off
 FAMILIES = (
     Family(((30,), (3,)), "block{}diagonal", lambda k: partial(BlockDiagonal.eye, k=k),
-           ("dense {0} x {0} blocks on the diagonal", _BLOCKS, "k d", "k d")),
-    Family(((15, 15), (3, 2)), "hierarchical{}_{}", _bordered(False, "first", "last"),
+           ("dense {0} x {0} blocks on the diagonal", r"\text{the diagonal blocks of } N", "k d", "k d")),
+    Family(((15, 15), (3, 2)), "hierarchical{}_{}", lambda k, l: partial(Bordered.eye, first=k, last=l),
            ("dense corners of {} and {}, joined by borders and a diagonal",
             _CORNERS, "(k_1 + k_2 + 1) d", "(k_1 + k_2) d")),
-    Family(((4,),), "trilrank{}first", _bordered(True, "first"),
-           ("lower triangular: dense block of {} first, its border, a diagonal", _LOWER_FIRST, *_RANK_K)),
-    Family(((4,),), "triurank{}first", _bordered(False, "first"),
-           ("upper triangular: dense block of {} first, its border, a diagonal", _UPPER_FIRST, *_RANK_K)),
-    Family(((4,),), "trilrank{}last", _bordered(False, "last"),
-           ("lower triangular: a diagonal, then a border and a dense block of {}", _LOWER_LAST, *_RANK_K)),
-    Family(((4,),), "triurank{}last", _bordered(True, "last"),
-           ("upper triangular: a diagonal, then a border and a dense block of {}", _UPPER_LAST, *_RANK_K)),
+    Family(((4,),), "trilrank{}first", lambda k: transposed(partial(Bordered.eye, first=k)),
+           (f"lower triangular: {_PARTS}", r"N_{11},\; 2 N_{21},\; \operatorname{diag} N_{22}", *_RANK_K)),
+    Family(((4,),), "triurank{}first", lambda k: partial(Bordered.eye, first=k),
+           (f"upper triangular: {_PARTS}", r"N_{11},\; 2 N_{12},\; \operatorname{diag} N_{22}", *_RANK_K)),
+    Family(((4,),), "trilrank{}last", lambda k: partial(Bordered.eye, last=k),
+           ("lower triangular: a diagonal, then a border and a dense block of {}",
+            r"\operatorname{diag} N_{11},\; 2 N_{21},\; N_{22}", *_RANK_K)),
+    Family(((4,),), "triurank{}last", lambda k: transposed(partial(Bordered.eye, last=k)),
+           ("upper triangular: a diagonal, then a border and a dense block of {}",
+            r"\operatorname{diag} N_{11},\; 2 N_{12},\; N_{22}", *_RANK_K)),
 )
 _REGISTRY: dict[str, StructureSpec] = {s.name: s for s in (
     StructureSpec("dense", Dense.eye, "all matrices", "N", "d^2", "d^2"),
@@ -125,20 +112,21 @@ def structure(spec: Any) -> StructureSpec:
     """
     if isinstance(spec, StructureSpec):
         return spec
-    if isinstance(spec, type) and issubclass(spec, StructuredMatrix):
-        return _registered(spec.eye) or StructureSpec(spec.__name__, spec.eye)
-    if callable(spec):
-        return _registered(spec) or StructureSpec(_lasting_name(spec), spec)
-    if not isinstance(spec, str):
+    if isinstance(spec, str):
+        return _named(spec)
+    make = _maker(spec)
+    if not callable(make):
         raise TypeError(f"A structure must be a name, a class or a function of n, got {spec!r}.")
-    known = _REGISTRY.get(spec) or _sized(spec)
-    if known is None:
-        patterns = [family.pattern.format("K", "K") for family in FAMILIES]
-        choices = ", ".join([name for name in _REGISTRY if not re.search(r"\d", name)] + patterns)
-        raise ValueError(
-            f"Unknown structure {spec!r}; choose from {choices} (K is a size of your choice)."
-        )
-    return known
+    for known in _REGISTRY.values():  # so that it goes by one name only
+        if known.make == make:
+            return known
+    return StructureSpec(_lasting_name(spec), make)
+
+
+def _maker(spec: Any) -> Any:
+    """The function of n that is meant by a structure's class or by itself."""
+    is_class = isinstance(spec, type) and issubclass(spec, StructuredMatrix)
+    return spec.eye if is_class else spec
 
 
 @cache
@@ -147,21 +135,25 @@ def _sized(name: str) -> StructureSpec | None:
     return next((s for s in (family.parse(name) for family in FAMILIES) if s is not None), None)
 
 
-def _registered(make: Make) -> StructureSpec | None:
-    """The structure that has been registered with this function, so that it goes by one name only."""
-    return next((known for known in _REGISTRY.values() if known.make == make), None)
+def _named(name: str) -> StructureSpec:
+    known = _REGISTRY.get(name) or _sized(name)
+    if known is None:
+        patterns = [family.pattern.format("K", "K") for family in FAMILIES]
+        choices = ", ".join([name for name in _REGISTRY if not re.search(r"\d", name)] + patterns)
+        raise ValueError(
+            f"Unknown structure {name!r}; choose from {choices} (K is a size of your choice)."
+        )
+    return known
 
 
 def _lasting_name(make: Any) -> str:
     """A function's name, which a checkpoint keeps; of a partial one, with the values that it fixes."""
     if isinstance(make, partial):
-        values = [*make.args, *make.keywords.values()]
-        if all(isinstance(v, int | float | str | None) for v in values):
-            fixed = [
-                *map(repr, make.args),
-                *(f"{k}={v!r}" for k, v in sorted(make.keywords.items())),
-            ]
-            return f"{_lasting_name(make.func)}({', '.join(fixed)})"
+        fixed = [("", v) for v in make.args]
+        fixed += [(f"{name}=", v) for name, v in sorted(make.keywords.items())]
+        if all(isinstance(v, int | float | str | None) for _, v in fixed):
+            values = ", ".join(f"{name}{v!r}" for name, v in fixed)
+            return f"{_lasting_name(make.func)}({values})"
     name = getattr(make, "__name__", "<")
     if name.startswith("<"):
         raise ValueError(
@@ -185,12 +177,8 @@ def register_structure(
     Raises:
         ValueError: If the name is taken by another structure.
     """
-    is_class = isinstance(make, type) and issubclass(make, StructuredMatrix)
-    maker: Make = make.eye if is_class else make  # type: ignore[union-attr]
-    try:
-        known = structure(name)
-    except ValueError:
-        known = None
+    maker = _maker(make)
+    known = _REGISTRY.get(name) or _sized(name)
     if known is not None and known.make != maker:
         raise ValueError(f"The structure name {name!r} is taken; choose another one.")
     _REGISTRY[name] = StructureSpec(name, maker, members)

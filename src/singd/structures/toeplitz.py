@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singd.kernels import diagonal_sums, toeplitz, toeplitz_mm, wide
+from singd.kernels import correlation, diagonal_sums, toeplitz, toeplitz_mm
+from singd.precision import wide_dtype
 from singd.structures.base import StructuredMatrix
 
 
@@ -41,11 +42,11 @@ class UpperToeplitz(StructuredMatrix):
         return UpperToeplitz(toeplitz_mm(other.t[:, None], (self.t, False))[:, 0])
 
     def project(self, Y: Tensor) -> UpperToeplitz:
-        sums = diagonal_sums(Y.to(wide(Y)))
+        sums = diagonal_sums(Y.to(wide_dtype(Y.dtype)))
         return self._means(sums, self._counts(sums))
 
     def trace(self) -> Tensor:
-        return self.n * self.t[0].to(wide(self.t))
+        return self.n * self.t[0].to(wide_dtype(self.t.dtype))
 
     # -- for speed -----------------------------------------------------------------------------------
 
@@ -60,11 +61,10 @@ class UpperToeplitz(StructuredMatrix):
         return toeplitz_mm(X, (self.t, True), (self.t, False))
 
     def gram(self) -> UpperToeplitz:
-        # The j-th off-diagonal of A^T A sums to sum over s of t[s] (n - j - s) t[s + j], a correlation. Its terms
-        # cancel for j near n, hence float64 (of vectors only), where the device has it.
-        t = self.t.to(self.t.dtype if self.t.device.type == "mps" else torch.float64)
+        # The j-th off-diagonal of A^T A sums to sum over s of t[s] (n - j - s) t[s + j], a correlation.
+        t = self.t.to(wide_dtype(self.t.dtype))
         counts = self._counts(t)
-        return self._means(toeplitz_mm((counts * t)[:, None], (t, True))[:, 0], counts)
+        return self._means(correlation(counts * t, t), counts)
 
     def cogram(self) -> UpperToeplitz:
         # A A^T is A^T A mirrored in its antidiagonal, which keeps each diagonal's sum.
