@@ -174,7 +174,7 @@ def test_each_optimizer_and_structure_has_its_colour(page):
 
 def test_its_figures_can_be_read_on_a_phone(page):
     """A column of 390 px leaves letters of 9 points in a figure of 5.5 inches about 8 px high."""
-    if page.folder in ("0_course", "3_advanced"):
+    if page.folder in ("0_course", "2_features", "3_advanced"):
         calls = [n for n in ast.walk(ast.parse(page.code)) if isinstance(n, ast.Call)]
         given = [(k.arg, k.value, c) for c in calls for k in c.keywords]
         widths = [ast.literal_eval(v.elts[0]) for name, v, _ in given if name == "figsize"]
