@@ -7,7 +7,7 @@ COSTS = docs/_data/what_it_costs.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet bench evidence fuzz gpu clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet stills bench evidence fuzz gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -89,6 +89,9 @@ archive: ## Pack the gallery, its notebooks and the package into build/singd-gal
 
 sheet: docs ## Print the cheat sheet to docs/_static/cheat_sheet.pdf (needs Chromium)
 	@$(BIN)/python tools/cheat_sheet.py
+
+stills: .venv/docs ## Draw the still pictures of the figures that can be moved (needs node and Chromium)
+	@$(BIN)/python tools/stills.py
 
 build/peers/ready: tests/benchmarks/peers.txt .venv/ready
 	@echo "Installing the published package into build/peers, beside ours ..."

@@ -53,7 +53,8 @@ class Page:
             sphinx_gallery.remove_ignore_blocks(self.code)
         )
         self.code = sphinx_gallery.remove_config_comments(self.code)
-        self.is_lesson = path.parent.name == "0_course"
+        self.folder = path.parent.name
+        self.is_lesson = self.folder == "0_course"
         answered = "_solution" if self.is_lesson else ""
         self.notebook = nbformat.read(
             ROOT / "notebooks" / f"{path.stem}{answered}.ipynb", as_version=4
@@ -169,6 +170,18 @@ def test_each_optimizer_and_structure_has_its_colour(page):
             colours = [c for c in colours if isinstance(c, str) and re.fullmatch(r"C\d", c)]
             if name in COLOURS:
                 assert set(colours) <= {COLOURS[name]}, f"{name} is {COLOURS[name]}"
+
+
+def test_its_figures_can_be_read_on_a_phone(page):
+    """A column of 390 px leaves letters of 9 points in a figure of 5.5 inches about 8 px high."""
+    if page.folder in ("0_course", "3_advanced"):
+        calls = [n for n in ast.walk(ast.parse(page.code)) if isinstance(n, ast.Call)]
+        given = [(k.arg, k.value, c) for c in calls for k in c.keywords]
+        widths = [ast.literal_eval(v.elts[0]) for name, v, _ in given if name == "figsize"]
+        sizes = [ast.literal_eval(v) for name, v, _ in given if name == "fontsize"]
+        drawn = [c for c in calls if getattr(c.func, "attr", "") in ("subplots", "figure")]
+        assert len(widths) == len(drawn) and max(widths) <= 5.5
+        assert min(sizes, default=9) >= 9
 
 
 def test_a_page_starts_with_the_defaults_of_torch():

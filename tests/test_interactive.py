@@ -5,6 +5,9 @@ They are read from a page of their own, so that no site has to be built.
 
 from __future__ import annotations
 
+import base64
+import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,8 +18,8 @@ import subprocess
 import pytest
 import torch
 
-STATIC = pathlib.Path(__file__).parent.parent / "docs" / "_static"
-CHROMIUM = os.environ.get("CHROMIUM", shutil.which("chromium") or "chromium")
+ROOT = pathlib.Path(__file__).parent.parent
+STATIC = ROOT / "docs" / "_static"
 REQUIRED = bool(os.environ.get("SINGD_BROWSER"))  # CI: what would be skipped fails
 FIGURES = ["divergence", "damping", "closure"]
 
@@ -34,7 +37,28 @@ def node(expression: str):
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_still_picture_is_in_step(name):
     still = (STATIC / f"interactive_{name}.svg").read_text()
-    assert still == node(f"f.still('{name}')"), "run: node docs/_static/interactive.js docs/_static"
+    assert still == node(f"f.still('{name}')"), "run: make stills"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_lesson_has_the_figure_and_its_notebooks_the_still_picture(name):
+    """Where notebooks are shown nothing can be moved, and a file beside them may be missing: so it is inside."""
+    spec = importlib.util.spec_from_file_location("stills", ROOT / "tools" / "stills.py")
+    stills = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stills)
+    svg = STATIC / f"interactive_{name}.svg"
+    assert stills.recorded(svg.with_suffix(".png")) == stills.digest(svg), "run: make stills"
+    lessons = [
+        p
+        for p in (ROOT / "gallery" / "0_course").glob("plot_*.py")
+        if f"# .. interactive:: {name}\n" in p.read_text()
+    ]
+    assert len(lessons) == 1
+    for end in ("", "_solution"):
+        notebook = json.loads((ROOT / "notebooks" / f"{lessons[0].stem}{end}.ipynb").read_text())
+        taken = [c["attachments"] for c in notebook["cells"] if c.get("attachments")]
+        kept = base64.b64encode(svg.with_suffix(".png").read_bytes()).decode()
+        assert taken == [{f"interactive_{name}.png": {"image/png": kept}}]
 
 
 def test_a_factor_diverges_exactly_above_the_limit():
@@ -107,23 +131,8 @@ def test_a_closure_is_the_pattern_of_products():
 
 
 # ---- in a browser
-@pytest.fixture(scope="module")
-def browser():
-    if not REQUIRED and not pathlib.Path(CHROMIUM).exists():
-        pytest.skip("no Chromium on this machine")
-    if not REQUIRED:
-        pytest.importorskip("playwright")
-    import playwright.sync_api as sync_api
-
-    args = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=args)
-        yield b
-        b.close()
-
-
 @pytest.fixture
-def visit(browser, tmp_path):
+def visit(open_page, tmp_path):
     """visit(...) -> a page with the three figures; fails on errors of the script."""
     places = "".join(
         f'<div class="interactive" id="{n}" data-figure="{n}">'
@@ -136,21 +145,7 @@ def visit(browser, tmp_path):
         '<!doctype html><html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<style>body{{font:16px sans-serif;margin:1rem}}{css}</style>{places}<script>{js}</script></html>"
     )
-    contexts, trouble = [], []
-
-    def go(width=1280, **options):
-        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(10000)
-        page.on("pageerror", lambda e: trouble.append(str(e)))
-        page.goto(path.as_uri())
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
-    assert not trouble
+    return functools.partial(open_page, path.as_uri())
 
 
 def says(page, name):

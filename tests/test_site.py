@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import threading
 import urllib.parse
 import zipfile
@@ -19,7 +18,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SITE = pathlib.Path(os.environ.get("SINGD_SITE", ROOT / "docs/_build/site"))
-CHROMIUM = os.environ.get("CHROMIUM", shutil.which("chromium") or "chromium")
 REQUIRED = bool(os.environ.get("SINGD_BROWSER"))  # CI: what would be skipped fails
 if not REQUIRED and not (SITE / "index.html").exists():
     pytest.skip("no site to read: run `make browser`, which builds it", allow_module_level=True)
@@ -29,15 +27,6 @@ PAGES = sorted(
     if not p.relative_to(SITE).parts[0].startswith(("_", "genindex", "search", "slides"))
 )
 assert PAGES or not REQUIRED, f"no page in {SITE}"
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 # ---- links, without a browser
@@ -101,56 +90,16 @@ def base():
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not REQUIRED and not pathlib.Path(CHROMIUM).exists():
-        pytest.skip("no Chromium on this machine")
-    if not REQUIRED:
-        pytest.importorskip("playwright")
-    import playwright.sync_api as sync_api
-
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield b
-        b.close()
-
-
 @pytest.fixture
-def visit(browser, base):
+def visit(open_page, base):
     """visit(path, ...) -> page; fails at the end on console errors, failed or outside requests."""
-    contexts, trouble = [], []
 
-    def go(path, *, width=1280, height=900, scheme="light"):
-        ctx = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
-        )
-        contexts.append(ctx)
+    def go(path, *, scheme="light", **options):
+        inside = (base, "data:", "blob:")
+        options = {"color_scheme": scheme, "accept_downloads": True, **options}
+        return open_page(base + path, inside=inside, **options)
 
-        def outside(route):
-            trouble.append(f"asked the network for {route.request.url}")
-            route.abort()
-
-        ctx.route(lambda u: not u.startswith((base, "data:", "blob:")), outside)
-        page = ctx.new_page()
-        page.set_default_timeout(15000)
-        page.on(
-            "console",
-            lambda m: (
-                trouble.append(f"console: {m.text}") if m.type in ("error", "warning") else None
-            ),
-        )
-        page.on("pageerror", lambda e: trouble.append(f"script: {e}"))
-        page.on(
-            "response", lambda r: trouble.append(f"{r.status} {r.url}") if r.status >= 400 else None
-        )
-        page.goto(base + path)
-        page.wait_for_load_state("load")
-        return page
-
-    yield go
-    for c in contexts:
-        c.close()
-    assert not trouble, "\n".join(trouble)
+    return go
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -302,19 +251,31 @@ def test_an_answer_is_at_most_three_clicks_away(visit, question, width):
         assert -5 <= top < 500
 
 
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("empirical fisher", "glossary"),
-        ("choose structure", "structures"),
-        ("diverge", "choosing"),
-        ("pi-damping", "glossary"),
-        ("quiz", "teach"),
-    ],
-)
-def test_an_answer_is_one_search_away(visit, words, found):
-    page = visit("search.html?q=" + urllib.parse.quote_plus(words))
-    page.wait_for_selector(f"#search-results li a[href*='{found}.html']")
+SEARCHES = {  # what is typed: the page to click on, and words of the answer on it
+    "empirical fisher": ("glossary", "with the labels of the data"),
+    "choose structure": ("structures", "How to choose a structure"),
+    "diverge": ("choosing", "it starts well, then explodes"),
+    "pi-damping": ("glossary", "It does not depend on how scale is divided"),
+    "quiz": ("teach", "Twelve questions"),
+    # asked as one would ask a colleague
+    "What is the empirical Fisher?": ("which_page", "the definition"),
+    "Which structure should I take?": ("which_page", "How to choose a structure"),
+    "Why did my run diverge?": ("which_page", "When it does not work"),
+}
+
+
+@pytest.mark.parametrize("words", SEARCHES)
+def test_an_answer_is_one_search_away(visit, words):
+    found, answer = SEARCHES[words]
+    page = visit("index.html")
+    page.keyboard.press("Control+k")
+    page.keyboard.type(words)
+    page.keyboard.press("Enter")
+    link = page.locator(f"#search-results li a[href*='{found}.html']").first
+    link.wait_for()
+    link.click()
+    page.wait_for_url(f"**/{found}.html*")
+    assert answer in " ".join(page.locator(".bd-article").inner_text().split())
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if "/plot_" in p])
@@ -346,6 +307,80 @@ def test_the_cheat_sheet_is_one_printed_page(browser, base):
     assert tool.pages(kept) == 1
     assert tool.recorded(kept) == tool.digest(), "the text has changed: run `make sheet`"
     assert tool.pages(tool.print_page(browser, base + "cheat_sheet.html")) == 1
+
+
+IN_LESSONS = {  # figure: its lesson, and a control that changes what the figure says
+    "damping": ("plot_05_damping", "input[name=c]", "End"),
+    "divergence": ("plot_07_without_an_inverse", "input[name=s]", "End"),
+    "closure": ("plot_10_structures", "button[aria-label='row 1, column 4']", "Space"),
+}
+
+
+def figure_of(name, page):
+    """The figure, and a function for what it says."""
+    figure = page.locator(f"#figure-{name}")
+    return figure, figure.locator("output").inner_text
+
+
+@pytest.mark.parametrize("name", IN_LESSONS)
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_lesson_has_its_figure_and_keys_move_it(visit, name, width, scheme):
+    lesson, control, key = IN_LESSONS[name]
+    page = visit(f"auto_gallery/0_course/{lesson}.html", width=width, scheme=scheme)
+    page.locator("p.page-facts a", has_text="A figure to move").click()
+    figure, says = figure_of(name, page)
+    assert 0 <= figure.bounding_box()["y"] < 400
+    before, address = says(), page.url
+    figure.locator(control).focus()
+    page.keyboard.press(key)
+    assert says() != before
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_timeout(200)
+    assert page.url == address, "an arrow key turned the page"
+
+
+@pytest.mark.parametrize("name", IN_LESSONS)
+def test_a_finger_moves_the_figure_of_a_lesson(visit, name):
+    lesson, control, _ = IN_LESSONS[name]
+    page = visit(f"auto_gallery/0_course/{lesson}.html", width=390, has_touch=True)
+    figure, says = figure_of(name, page)
+    before = says()
+    touched = figure.locator(control)
+    box = touched.bounding_box()
+    assert box["height"] >= 32, "too low for a finger"
+    touched.tap(position={"x": 0.9 * box["width"], "y": 0.5 * box["height"]})
+    assert says() != before
+    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+@pytest.mark.parametrize("name", IN_LESSONS)
+def test_the_figure_of_a_lesson_is_dark_in_the_dark(visit, name):
+    def colours(scheme):
+        page = visit(f"auto_gallery/0_course/{IN_LESSONS[name][0]}.html", scheme=scheme)
+        return page.evaluate(
+            "name => [...document.querySelectorAll(`#figure-${name} svg :is(.a, .b, .title, .axis, .mark)`)]"
+            ".map(e => [e.getAttribute('class'), getComputedStyle(e).fill, getComputedStyle(e).stroke])",
+            name,
+        )
+
+    for (kind, *light), (_, *dark) in zip(colours("light"), colours("dark"), strict=True):
+        assert light != dark, f"{kind} has one colour"
+
+
+@pytest.mark.parametrize("name", IN_LESSONS)
+def test_on_paper_and_without_scripts_a_lesson_keeps_a_still_picture(visit, name):
+    path = f"auto_gallery/0_course/{IN_LESSONS[name][0]}.html"
+    page = visit(path)
+    page.emulate_media(media="print")
+    figure, _ = figure_of(name, page)
+    assert figure.locator("svg").first.is_visible()
+    assert not figure.locator(".controls").is_visible()
+    page = visit(path, java_script_enabled=False)
+    still = page.locator(f"#figure-{name} noscript img")
+    still.scroll_into_view_if_needed()
+    assert still.bounding_box()["height"] > 50
+    assert still.evaluate("i => i.complete && i.naturalWidth > 100")
 
 
 def test_the_interactive_figures_are_on_their_page(visit):

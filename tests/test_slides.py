@@ -12,7 +12,6 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 ROOT = pathlib.Path(__file__).parent.parent
-CHROMIUM = os.environ.get("CHROMIUM", shutil.which("chromium") or "chromium")
 REQUIRED = bool(os.environ.get("SINGD_BROWSER"))  # CI: what would be skipped fails
 
 
@@ -70,21 +69,6 @@ def test_bad_mathematics_ends_the_build(tool):
 
 # ---- in a browser
 @pytest.fixture(scope="module")
-def browser():
-    if not REQUIRED and not pathlib.Path(CHROMIUM).exists():
-        pytest.skip("no Chromium on this machine")
-    if not REQUIRED:
-        pytest.importorskip("playwright")
-    import playwright.sync_api as sync_api
-
-    args = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=args)
-        yield b
-        b.close()
-
-
-@pytest.fixture(scope="module")
 def folder(tool, tmp_path_factory):
     folder = tmp_path_factory.mktemp("slides")
     tool.write(folder, tool.names())
@@ -92,29 +76,16 @@ def folder(tool, tmp_path_factory):
 
 
 @pytest.fixture
-def show(browser, folder):
+def show(open_page, folder):
     """show(name) -> the slides of a notebook; fails on errors, and on any request but for files."""
-    contexts, trouble = [], []
 
     def go(name, width=1280, height=720, **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15000)
-        page.on("pageerror", lambda e: trouble.append(str(e)))
-        page.on(
-            "request",
-            lambda r: None if r.url.startswith(("file:", "data:")) else trouble.append(r.url),
-        )
-        page.on("requestfailed", lambda r: trouble.append(f"failed: {r.url}"))
-        page.goto((folder / f"{name}.html").as_uri())
+        address = (folder / f"{name}.html").as_uri()
+        page = open_page(address, width=width, height=height, **options)
         page.wait_for_selector("body[data-ready=yes]")
         return page
 
-    yield go
-    for context in contexts:
-        context.close()
-    assert not trouble, trouble
+    return go
 
 
 NAMES = sorted(

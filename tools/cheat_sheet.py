@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
-import shutil
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -45,18 +44,11 @@ def print_page(browser, address: str) -> bytes:
 
 
 def main(site: pathlib.Path) -> int:
+    import chromium
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=shutil.which("chromium"),
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--no-first-run",
-                "--disable-background-networking",
-            ],
-        )
+        browser = chromium.launch(p)
         pdf = print_page(browser, (site / "cheat_sheet.html").resolve().as_uri())
         browser.close()
     if (n := pages(pdf)) != 1:

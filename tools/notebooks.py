@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import copy
 import functools
 import hashlib
@@ -31,6 +32,7 @@ from sphinx_gallery.py_source_parser import remove_config_comments, split_code_a
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GALLERY, NOTEBOOKS = ROOT / "gallery", ROOT / "notebooks"
+STATIC = ROOT / "docs" / "_static"  # with the still pictures, which tools/stills.py draws
 CHECKER = NOTEBOOKS / "course_check.py"
 QUOTE = "\x01"  # stands for ">", which sphinx-gallery would take for a heading's underline
 # `# sphinx_gallery_nbval = "nbval-ignore-output"` in a code block: a tag of its cell (and nothing on the page)
@@ -57,7 +59,7 @@ def _role(m: re.Match) -> str:
         return f"`{label}()`"
     if role in {"class", "mod", "attr", "data", "exc", "obj"}:
         return f"`{text[1:].rsplit('.', 1)[-1] if text.startswith('~') else label}`"
-    if role in {"ref", "doc"}:
+    if role in {"ref", "doc", "term"}:
         target = title.group(2) if title else text
         ex = re.match(r"sphx_glr_auto_gallery_\w*?(plot_\w+)\.py$", target)
         if ex:
@@ -68,6 +70,21 @@ def _role(m: re.Match) -> str:
     if role == "eq":
         return f"({label})"
     raise SystemExit(f"no Markdown known for the role :{role}:`{text}`")
+
+
+def _still(m: re.Match) -> str:
+    """The picture that stands for a figure that only the site can move."""
+    name = m.group(1)
+    return f"![The figure {name}](attachment:interactive_{name}.png)\n\n*On the site, this figure can be moved.*"
+
+
+def _attachments(source: str) -> dict[str, dict[str, str]]:
+    """The pictures that a Markdown cell has to take along, since a notebook may be read far from here."""
+    names = re.findall(r"\]\(attachment:([\w.]+)\)", source)
+    return {
+        name: {"image/png": base64.b64encode((STATIC / name).read_bytes()).decode()}
+        for name in names
+    }
 
 
 def _rst(text: str) -> str:
@@ -114,8 +131,7 @@ def _rst(text: str) -> str:
     text = re.sub(r"^\.\. dropdown::([^\n]*)" + BLOCK, dropdown, text, flags=re.M)
     text = re.sub(r"^\.\. list-table::[^\n]*" + BLOCK, table, text, flags=re.M)
     text = re.sub(r"^\.\. code-block::([^\n]*)" + BLOCK, code, text, flags=re.M)
-    moved = "*Here the site has a figure to move.*"
-    text = re.sub(r"^\.\. interactive::[^\n]*", moved, text, flags=re.M)
+    text = re.sub(r"^\.\. interactive:: (\w+)$", _still, text, flags=re.M)
     text = re.sub(r":(?!math\b)([a-z]+(?::[a-z]+)?):`([^`]+)`", _role, text)
     text = re.sub(r"(?<!`)``(?!`)", "`", text)
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -222,6 +238,8 @@ def convert(script: pathlib.Path, asks: bool = False) -> nbformat.NotebookNode:
             nbformat.v4.new_code_cell if c["cell_type"] == "code" else nbformat.v4.new_markdown_cell
         )
         cell = make(source)
+        if taken := _attachments(source) if c["cell_type"] == "markdown" else None:
+            cell["attachments"] = taken
         if tags[i]:
             cell["metadata"]["tags"] = tags[i]
         if "hide-input" in tags[i]:
@@ -244,7 +262,12 @@ def notebooks(script: pathlib.Path) -> dict[pathlib.Path, nbformat.NotebookNode]
 
 
 def key(nb: nbformat.NotebookNode) -> str:
-    s = repr([(c.cell_type, c.id, c.source, c.metadata.get("tags")) for c in nb.cells])
+    s = repr(
+        [
+            (c.cell_type, c.id, c.source, c.metadata.get("tags"), c.get("attachments", {}))
+            for c in nb.cells
+        ]
+    )
     return hashlib.sha256(s.encode()).hexdigest()
 
 

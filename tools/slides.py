@@ -36,6 +36,7 @@ ROWS = 20  # of code on one slide
 ROOM = 17.0  # lines of text on one slide, below its title
 LINE = 74  # letters on a line of text
 READING = 4.5  # as many lines stand below a figure
+STILL = 11.5  # lines that the still picture of a figure takes, which the text goes on around
 CODE_LINE = 0.72  # the height of a line of code, in lines of text
 MACROS = {r"\E": r"\operatorname{\mathbb{E}}"}
 
@@ -99,6 +100,7 @@ def _height(block: list[Token]) -> float:
             plain = re.sub(r"\$[^$]*\$", "xxxxxx", token.content)
             plain = re.sub(r"\]\([^)]*\)|[*`\[]", "", plain)
             total += 0.6 + max(1, -(-len(plain) // LINE))
+            total += STILL * token.content.count("](attachment:")
         elif token.type.startswith("math_block"):
             total += 1.6 + 1.5 * (1 + token.content.count(r"\\"))
         elif token.type == "fence":
@@ -216,6 +218,16 @@ def _links(text: str) -> str:
     return re.sub(r'href="(plot_\w+)\.ipynb"', r'href="\1.html"', text)
 
 
+def _with_pictures(text: str, cell: nbformat.NotebookNode) -> str:
+    """A picture that is attached to the cell becomes part of the page."""
+
+    def data(m: re.Match) -> str:
+        png = cell.attachments[m[1]]["image/png"]
+        return f'src="data:image/png;base64,{"".join(png.split())}"'
+
+    return re.sub(r'src="attachment:([\w.]+)"', data, text)
+
+
 def deck(notebook: nbformat.NotebookNode) -> str:
     """The slides of a notebook, as the body of a page."""
     maths, slides = Maths(), Deck()
@@ -235,7 +247,8 @@ def deck(notebook: nbformat.NotebookNode) -> str:
                     slides.heading(md.renderer.render(block[1:-1], md.options, {}))
                     continue
                 for piece in _pieces(block):
-                    slides.add(md.renderer.render(piece, md.options, {}), _height(piece))
+                    shown = _with_pictures(md.renderer.render(piece, md.options, {}), cell)
+                    slides.add(shown, _height(piece))
         elif "hide-input" not in tags and "answer" not in tags:
             for part in chunks(cell.source):
                 slides.add(_code(part), CODE_LINE * (part.count("\n") + 3))

@@ -19,11 +19,7 @@ TIME = re.compile(
 TITLE = re.compile(r"(\n[^\n]+\n([=*#])\2{2,}\n)")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where a package is installed by another name
 
-FIGURES = {  # lessons with a figure to move
-    "plot_05": "what-does-damping-do-to-each-direction",
-    "plot_07": "when-does-an-inverse-free-update-diverge",
-    "plot_10": "which-structures-are-closed",
-}
+FIGURE = re.compile(r"^# \.\. interactive:: (\w+)$", re.M)  # one to move, in a page's text
 
 
 def packages(script: str) -> list[str]:
@@ -40,15 +36,16 @@ def packages(script: str) -> list[str]:
 
 def facts(name: str, section: str, seconds: float | None) -> str:
     """The line, in reST; the links are those of the built page."""
-    needs = ", ".join(packages((GALLERY / section / f"{name}.py").read_text(encoding="utf-8")))
+    script = (GALLERY / section / f"{name}.py").read_text(encoding="utf-8")
+    needs = ", ".join(packages(script))
     time = ""
     if seconds:
         time = f"**Runs in** about {max(1, math.ceil(seconds))} s. "
     links = [f'<a href="../../slides/{name}.html">Slides</a>']
     if (NOTEBOOKS / f"{name}_solution.ipynb").exists():
         links.append(f'<a href="../../solutions/{name}_solution.ipynb" download>Solutions</a>')
-    if section == "0_course" and (anchor := FIGURES.get(name[:7])):
-        links.append(f'<a href="../../interactive.html#{anchor}">A figure to move</a>')
+    if figure := FIGURE.search(script):
+        links.append(f'<a href="#figure-{figure[1]}">A figure to move</a>')
     links.append('<a href="../../singd-gallery.zip" download>The whole gallery</a>')
     return (
         "\n.. rst-class:: page-facts\n\n"

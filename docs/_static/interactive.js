@@ -185,7 +185,7 @@ const closed = {
         `width="${(side - 2).toFixed(1)}" height="${(side - 2).toFixed(1)}"/>`;
     }).join("");
     return [{ svg: text(W / 2, 15, "its closure under products", 'class="title" text-anchor="middle"') + squares +
-      text(W / 2, H - 12, "first colour: drawn; second: added by products", 'text-anchor="middle"') }];
+      text(W / 2, H - 12, "blue: drawn; orange: added by products", 'text-anchor="middle"') }];
   },
   say(state) {
     const { pattern: whole, rounds } = closure(state.pattern), n = count(state.pattern), m = count(whole);
@@ -303,10 +303,16 @@ function still(name) {
     ".guide{stroke:#777;stroke-dasharray:3 3}.a{fill:#0072b2}.b{fill:#d55e00}.line{fill:none;stroke-width:1.8}" +
     ".a.line{stroke:#0072b2}.b.line{stroke:#d55e00}.area{fill-opacity:.15}.mark{fill:none;stroke:#222;stroke-width:2}" +
     ".empty{fill:#eee}";
-  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${W * panels.length} ${H + 22}">` +
+  const width = W * panels.length, lines = [""];  // of the sentence: svg breaks none by itself
+  for (const word of FIGURES[name].say(FIGURES[name].start).split(" ")) {
+    const longer = `${lines[lines.length - 1]} ${word}`.trim();
+    if (6.2 * longer.length > width - 16) lines.push(word);
+    else lines[lines.length - 1] = longer;
+  }
+  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${H + 6 + 16 * lines.length}">` +
     `<style>${style}</style><rect width="100%" height="100%" fill="#fff"/>` +
     panels.map((p, i) => `<g transform="translate(${i * W} 0)">${p.svg}</g>`).join("") +
-    text(8, H + 14, FIGURES[name].say(FIGURES[name].start)) + "</svg>\n";
+    lines.map((line, i) => text(8, H + 14 + 16 * i, line)).join("") + "</svg>\n";
 }
 
 if (typeof document !== "undefined") {

@@ -141,11 +141,11 @@ steps = torch.cartesian_prod(side, side)
 exact = vmap(kl, (0, None, None))(steps, theta, cm)
 approximate = 0.5 * ((steps @ F) * steps).sum(1)
 fig, ax = plt.subplots(figsize=(5.4, 4.4))
-for values, look in ((exact, ("C0", "-")), (approximate, ("C1", "--"))):
+for values, look in ((exact, ("C0", "-")), (approximate, ("k", "--"))):
     levels = dict(levels=[0.01, 0.15], colors=look[0], linestyles=look[1])
     ax.contour(side, side, values.view(81, 81).T, **levels)
 ax.plot([], [], "C0", label="equal KL")
-ax.plot([], [], "C1--", label=r"equal $\frac{1}{2} \delta^T F \delta$")
+ax.plot([], [], "k--", label=r"equal $\frac{1}{2} \delta^T F \delta$")
 ax.plot(0, 0, "k+")
 ax.set(xlabel="change of w (per cm)", ylabel="change of b", aspect="equal")
 ax.set_title("Small steps: one ruler. Large ones: two")
@@ -219,7 +219,7 @@ b = torch.linspace(-1.8, 0.3, 60).double()
 heights = vmap(loss, (0, None))(torch.cartesian_prod(w, b), cm)
 fig, ax = plt.subplots(figsize=(5.4, 4.4))
 ax.contour(w, b, heights.view(60, 60).T, 14, colors="0.8", linewidths=1)
-styles = ("C0-", "C1-", "C2-", "kx")
+styles = ("C7-", "C7--", "C0-", "kx")
 for (name, visited), style in zip(paths.items(), styles):
     every = 10 if style == "kx" else 1
     ax.plot(*visited[::every].T, style, label=name, markersize=6)

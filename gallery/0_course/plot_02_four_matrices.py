@@ -140,7 +140,7 @@ errors = (means - F).norm(dim=(1, 2)) / F.norm()
 gap = (fisher_like(nll, theta, flowers, [(ones, kinds)]) - F).norm()
 
 fig, ax = plt.subplots(figsize=(5.4, 3.6))
-ax.loglog(count, errors, label="mean of Monte-Carlo Fishers")
+ax.loglog(count, errors, "C2", label="mean of Monte-Carlo Fishers")
 ax.loglog(count, errors[0] / count.sqrt(), "C7:", label="slope −1/2")
 ax.axhline(gap / F.norm(), color="C1", label="empirical Fisher")
 ax.set(xlabel="draws", ylabel="relative distance to F")
@@ -203,7 +203,7 @@ for _ in range(STEPS):
 angle = torch.linspace(0, 2 * torch.pi, 99).double()
 circle = torch.stack([angle.cos(), angle.sin()])
 looks = dict(zip(run[0], ("C0-", "k:", "C2--", "C1-")))
-fig, axes = plt.subplots(1, 2, figsize=(6, 3.6), sharex=True, sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.6), sharex=True, sharey=True)
 for ax, step in zip(axes, (0, STEPS - 1)):
     for name, M in run[step].items():
         values, vectors = torch.linalg.eigh(M)

@@ -152,7 +152,7 @@ blocks = torch.block_diag(*[F[s, s] for s in spans])
 
 
 def draw(title, **matrices):
-    fig, axes = plt.subplots(1, 2, figsize=(6, 3.4))
+    fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.4))
     for ax, (name, M) in zip(axes, matrices.items()):
         shown = (M.sign() * M.abs().sqrt()).detach()
         ax.imshow(shown, cmap="RdBu_r", vmin=-0.4, vmax=0.4)
@@ -218,7 +218,7 @@ cases = {
     "linear, square": (linear, gaussian, flowers),
     "the same, empirical": (linear, empirical, flowers),
 }
-fig, ax = plt.subplots(figsize=(5.6, 3.8))
+fig, ax = plt.subplots(figsize=(5.5, 3.8))
 errors = torch.zeros(4, 3)
 for i, case in enumerate(cases.values()):
     a, g = rows(weights, *case)

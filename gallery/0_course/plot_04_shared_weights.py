@@ -153,7 +153,7 @@ def draw(ax, act):
 
 
 table = []
-fig, axes = plt.subplots(1, 2, figsize=(6, 3.5), sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.5), sharey=True)
 for ax, act in zip(axes, (linear, torch.tanh)):
     draw(ax, act)
 axes[0].set(title="linear network", ylabel="relative error of G ⊗ U")

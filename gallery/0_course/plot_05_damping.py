@@ -4,7 +4,7 @@ Lesson 5: Damping: how far do I trust a curvature?
 
 The natural gradient jumps to the minimum of a quadratic model. With hardly
 any curvature it jumps far, and far away the model is wrong. **Damping** says
-how far to trust it. KFAC damps two factors, and needs a second number for it.
+how far to trust it. KFAC damps two factors, and needs a second number.
 
 .. admonition:: What you will learn
 
@@ -78,6 +78,7 @@ from singd.rules import Kfac
 
 DIGITS, STEPS, DAMPING = 500, 20, 1e-3
 KFAC = {**PUBLISHED, "lr": 1.0, "momentum": 0.0}
+LOOK = {"full": "k-", "factored": "C2--", "with pi": "C2-", "promised": "C2:"}
 _ = torch.set_num_threads(1)
 _ = torch.manual_seed(0)
 
@@ -184,8 +185,7 @@ curves["promised"] = [promised(N) for N in steps]
 
 fig, ax = plt.subplots(figsize=(5.4, 3.6))
 for name, values in curves.items():
-    style = "k:" if name == "promised" else "-"
-    ax.semilogx(lambdas, values, style, label=name)
+    ax.semilogx(lambdas, values, LOOK[name], label=name)
 ax.axhline(before, color="C7", linewidth=1)
 ax.set(xlabel="damping λ", ylabel="loss after one step", ylim=(-1, 4))
 ax.set_title("Too little trust: no step. Too much: a leap")
@@ -217,7 +217,7 @@ u, g = 10 ** log_u[None], 10 ** log_g[:, None]
 
 
 def draw(title, U, G, **balances):
-    fig, axes = plt.subplots(1, 2, figsize=(6, 3.6), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.6), sharey=True)
     pairs = torch.cartesian_prod(*map(torch.linalg.eigvalsh, (U, G)))
     for ax, (name, pi) in zip(axes, balances.items()):
         divisor = u * g + DAMPING
@@ -258,11 +258,10 @@ draw("After U → 100 U, G → G / 100", A, B, factored=1.0, with_pi=pi)
 scales = torch.logspace(-4, 4, 17).double()
 fig, ax = plt.subplots(figsize=(5.4, 3.6))
 target, gap = full(U[0], G[0], V[0], DAMPING), {}
-cases = (("C1", "factored", factored), ("C2", "with pi", with_pi))
-for color, name, method in cases:
+for name, method in (("factored", factored), ("with pi", with_pi)):
     N = [method(c * U[0], G[0] / c, V[0], DAMPING) for c in scales]
     gap[name] = torch.stack([(n - target).norm() for n in N]) / target.norm()
-    ax.semilogx(scales, gap[name], "o-", label=name, color=color)
+    ax.semilogx(scales, gap[name], LOOK[name], marker="o", label=name)
 ax.set(xlabel="scale c moved from G to U", ylabel="distance to the full step")
 ax.set(ylim=(0, 1.1), title="With π the step is blind to scale")
 _ = ax.legend()
@@ -273,6 +272,10 @@ assert gap["factored"].max() > gap["factored"].min() + 0.1
 # sphinx_gallery_end_ignore
 
 # %%
+# Move :math:`\lambda` and :math:`c` yourself. Which map moves with :math:`c`?
+#
+# .. interactive:: damping
+#
 # The library's answer
 # --------------------
 #
@@ -336,7 +339,7 @@ for pi, method in ((True, with_pi), (False, factored)):
 #            cosine = (N * V[0]).sum() / (N.norm() * V[0].norm())
 #            assert cosine > 0.9999
 #
-# Where to go next: :doc:`/interactive` lets you move these filters, and
+# Where to go next:
 # :ref:`sphx_glr_auto_gallery_0_course_plot_06_kfac_from_scratch.py` trains.
 # :ref:`sphx_glr_auto_gallery_2_features_plot_24_mixed_precision.py` needs
 # damping for another reason, rounding. :doc:`/choosing` says which

@@ -187,7 +187,7 @@ def smooth(errors):
 
 
 def draw(title, xlabel, timed):
-    _, ax = plt.subplots(figsize=(6, 3.8))
+    _, ax = plt.subplots(figsize=(5.5, 3.8))
     for name, (errors, seconds) in runs.items():
         x = torch.arange(10, STEPS - 9) * (seconds if timed else 1)
         ax.plot(x, smooth(errors), COLOR[name], label=name)
@@ -250,7 +250,7 @@ U = [s["factors"][0].double() for s in half.layers.values()]
 limits = torch.stack([torch.linalg.eigvalsh(M)[-1] for M in U]) / 2**8
 pi = torch.stack([s["pi"] for s in half.layers.values()])
 added, small = pi * 0.1**0.5, pi * 1e-5**0.5
-fig, ax = plt.subplots(figsize=(6, 3.4))
+fig, ax = plt.subplots(figsize=(5.5, 3.4))
 ax.semilogy(added, "C2o", label=r"damping, $\lambda = 0.1$")
 ax.semilogy(small, "C2o", mfc="w", label=r"$\lambda = 10^{-5}$")
 ax.semilogy(limits, "C3x", label="what rounding can move")

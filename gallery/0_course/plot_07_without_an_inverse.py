@@ -37,7 +37,8 @@ appears in the bracket:
    m_K = \tfrac12 \left[ K^\top U K + \lambda K^\top K - I \right] .
 
 So :math:`A_{\text{new}}^{-1} = K (I + 2 \beta_1 m_K)^{-1} K^\top`. Still an
-inverse! But a small one, and two series differ only in their third term:
+inverse! But of a matrix near :math:`I`, and two series differ only in their
+third term:
 
 .. math::
 
@@ -132,9 +133,9 @@ m = momentum(start, U)
 theory = 3 * (start @ m @ m @ start.T).norm() * betas**2
 
 # sphinx_gallery_thumbnail_number = 1
-fig, ax = plt.subplots(figsize=(6, 4))
-ax.loglog(betas, many, "C0s--", mfc="w", label=r"after $1 / \beta_1$ updates")
-ax.loglog(betas, one, "C0o", label="after one update")
+fig, ax = plt.subplots(figsize=(5.5, 4))
+ax.loglog(betas, many, "C9s--", mfc="w", label=r"after $1 / \beta_1$ updates")
+ax.loglog(betas, one, "C9o", label="after one update")
 ax.loglog(betas, theory, "k:", label="theory, to second order")
 ax.set(xlabel=r"$\beta_1$", ylabel="distance of K Kᵀ from KFAC")
 ax.set_title("Products follow the inverse, with slope 2")
@@ -180,8 +181,8 @@ for _ in range(14):
     torch.testing.assert_close(K, schulz)
 torch.testing.assert_close(K @ K.T, torch.linalg.inv(A))
 
-fig, ax = plt.subplots(figsize=(6, 3.6))
-ax.semilogy(torch.stack(paths), "C0", alpha=0.3, linewidth=1)
+fig, ax = plt.subplots(figsize=(5.5, 3.6))
+ax.semilogy(torch.stack(paths), "C9", alpha=0.4, linewidth=1)
 ax.axhline(1, color="k", linestyle=":")
 ax.set(xlabel="update", ylabel="eigenvalues of KᵀAK")
 _ = ax.set_title("A dozen updates invert a 65 x 65 matrix")
@@ -212,9 +213,9 @@ def path(s, beta, updates):
 
 beta = 0.5
 limit = 1 + 4 / beta
-fig, ax = plt.subplots(figsize=(6, 3.6))
-for s, color in ((3.0, "C9"), (8.99, "C0"), (9.01, "C3")):
-    ax.semilogy(path(s, beta, 20), color=color, label=f"s = {s}")
+fig, ax = plt.subplots(figsize=(5.5, 3.6))
+for s, look in ((3.0, "C9--"), (8.99, "C9"), (9.01, "C3")):
+    ax.semilogy(path(s, beta, 20), look, label=f"s = {s}")
 ax.axhline(limit, color="k", linestyle=":", label="1 + 4 / β₁ = 9")
 ax.set(xlabel="update", ylabel="q = s k²", ylim=(0.1, 1e3), xlim=(0, 12))
 ax.set_title("Just below the limit it recovers, just above it explodes")
@@ -230,11 +231,11 @@ for beta in (0.01, 0.1, 0.5, 1.0):
 # decides. Pixels from 0 to 1 give 11; the raw ones, from 0 to 16, give 2,700.
 
 beta = torch.logspace(-3, 0, 50)
-fig, ax = plt.subplots(figsize=(6, 4))
+fig, ax = plt.subplots(figsize=(5.5, 4))
 ax.loglog(beta, 1 + 4 / beta, "k:")
 ax.fill_between(beta, 1 + 4 / beta, 1e4, color="C3", alpha=0.3, linewidth=0)
 ax.text(0.08, 250, "explodes", color="C3", fontsize=14)
-ax.text(0.002, 0.5, "converges", color="C0", fontsize=14)
+ax.text(0.002, 0.5, "converges", color="C9", fontsize=14)
 for scale, x in ((1, 0.002), (16, 0.08)):
     s = torch.linalg.eigvalsh(second_moment(scale * pixels))[-1].item()
     ax.axhline(s, color="C7", linewidth=1)
@@ -251,7 +252,9 @@ assert 2600 < s < 2800
 # %%
 # Raw pixels need :math:`\beta_1 < 0.0015`, or a small start
 # :math:`K = c I`, or a warm-up of :math:`\beta_1`. ``normalize_lr_cov``
-# bounds the step.
+# bounds the step. Try it: move the circle across the line.
+#
+# .. interactive:: divergence
 #
 # When not to use this
 # --------------------

@@ -97,7 +97,7 @@ def cut(P, A, beta):
 STEPS = dict(zip(COLOR, (on_P, exponential, cut)))
 A = torch.tensor([0.4, 5.0]).diag()
 # sphinx_gallery_thumbnail_number = 1
-fig, ax = plt.subplots(figsize=(6, 4))
+fig, ax = plt.subplots(figsize=(5.5, 4))
 ax.axhspan(-0.6, 0, color="C3", alpha=0.15)
 ax.text(1.4, -0.35, "not positive definite", color="C3")
 for name, step in STEPS.items():
@@ -134,7 +134,7 @@ lowest = {
     for name, step in STEPS.items()
 }
 top = torch.linalg.eigvalsh(momentum(I, A))[-1]
-fig, ax = plt.subplots(figsize=(6, 3.8))
+fig, ax = plt.subplots(figsize=(5.5, 3.8))
 ax.axhspan(-1, 0, color="C3", alpha=0.15)
 for name, values in lowest.items():
     ax.plot(betas, values, color=COLOR[name], label=name)
@@ -163,7 +163,7 @@ for M in (b * m for b in sizes):
     errors[1].append((I - M - exact).norm())
     errors[2].append((I - M + M @ M / 2 - exact).norm())
 
-fig, ax = plt.subplots(figsize=(6, 3.6))
+fig, ax = plt.subplots(figsize=(5.5, 3.6))
 for order, color in ((1, "C9"), (2, "k")):
     y = torch.stack(errors[order])
     slope = (y[-1] / y[0]).log() / (sizes[-1] / sizes[0]).log()
@@ -201,7 +201,7 @@ other = torch.linspace(0.5, 1.2, 65).diag()
 first, second = gaps(I, product=True), gaps(other, product=True)
 torch.testing.assert_close(first, second)
 
-fig, ax = plt.subplots(figsize=(6, 3.8))
+fig, ax = plt.subplots(figsize=(5.5, 3.8))
 ax.semilogy(first, "C0", label="product")
 ax.semilogy(second, "k:", label="product, other units")
 ax.semilogy(gaps(I, product=False), "C7", label="gradient")

@@ -135,7 +135,7 @@ METHODS = dict(zip(STYLE, (kfac, kfac_pi, ikfac, singd)))
 u, g = eye(1), 0.01 * eye(1)
 cs = torch.logspace(-3, 3, 9)
 line = torch.tensor([1e-4, 1e4])
-fig, ax = plt.subplots(figsize=(6, 4.4))
+fig, ax = plt.subplots(figsize=(5.5, 4.4))
 ax.loglog(line, 1 / (0.01 + LAMBDA) / line, "k:", label="the right product")
 for name, method in METHODS.items():
     points = torch.tensor([method(c * u, g / c) for c in cs]).T
@@ -197,7 +197,7 @@ def gap(P_K, P_C):
 cs = torch.logspace(-3, 3, 7)
 gaps = {n: [gap(*m(c * U, G / c)) for c in cs] for n, m in METHODS.items()}
 # sphinx_gallery_thumbnail_number = 2
-fig, ax = plt.subplots(figsize=(6, 4))
+fig, ax = plt.subplots(figsize=(5.5, 4))
 for name, values in gaps.items():
     ax.loglog(cs, values, marker="o", label=name, **STYLE[name])
 ax.set(xlabel="c, the scale moved from G to U", ylabel="distance from F")
@@ -255,7 +255,7 @@ def train(rule, unit, steps=150):
 
 
 RULES = {"SINGD": "singd", "IKFAC": "ikfac"}
-fig, axes = plt.subplots(1, 2, figsize=(7, 3.4), sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.4), sharey=True)
 for ax, (name, rule) in zip(axes, RULES.items()):
     here, there = train(rule, 1.0), train(rule, 3.0)
     same = torch.allclose(here, there, rtol=1e-6)

@@ -72,7 +72,7 @@ SETS = {
     "Toeplitz": lambda: member(j >= i, tied=True),
 }
 # sphinx_gallery_thumbnail_number = 1
-fig, axes = plt.subplots(3, 4, figsize=(6.4, 5))
+fig, axes = plt.subplots(3, 4, figsize=(5.5, 4.6))
 for (name, draw), column in zip(SETS.items(), axes.T):
     A, B = draw().double(), draw().double()
     rows = {"member": A, "product": A @ B, "inverse": torch.linalg.inv(A)}
@@ -88,6 +88,9 @@ for ax, row in zip(axes[:, 0], rows):
 # %%
 # The tridiagonal set is left by the first product, and its inverses are full.
 # The other three are subalgebras. (Toeplitz ones keep equal diagonals, too.)
+# Draw one yourself:
+#
+# .. interactive:: closure
 #
 # The projection
 # --------------
@@ -210,7 +213,7 @@ def train(name, damping, dtype, steps=80):
     return sum(losses[-20:]) / 20, kB, 1e3 * seconds / steps
 
 
-fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.8), sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(5.5, 3.8), sharey=True)
 runs = {}
 for ax, (title, dtype) in zip(axes, DTYPES.items()):
     for name, color in COLOR.items():
@@ -242,7 +245,7 @@ assert dense < min(blocks, diagonal)
 #
 # What does it cost?
 
-fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.8), sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(5.5, 2.8), sharey=True)
 for ax, column, label in zip(axes, (1, 2), ("kB kept", "CPU ms per step")):
     values = [runs[name, "bfloat16"][2][column] for name in COLOR]
     bars = ax.barh(list(COLOR), values, color=list(COLOR.values()))

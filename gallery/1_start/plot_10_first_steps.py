@@ -5,11 +5,11 @@ First steps: train a CNN on MNIST by changing one line
 SINGD is a ``torch.optim.Optimizer``. You build it from the *model* instead of
 from its parameters, and the rest of your training loop stays as it is. This
 page trains a small convolutional network on 4,000 MNIST digits with SINGD's
-defaults, with AdamW and with SGD, each at the best of three learning rates.
+defaults, with AdamW and with SGD, each at the best of four learning rates.
 
 .. admonition:: What you will learn
 
-   - **Build** SINGD for a model, and see what it preconditions.
+   - **Build** SINGD for a model, and see which layers it takes.
    - **Train** with it in an ordinary loop.
    - **Compare** it with AdamW and SGD: per step, per second, per byte.
 
@@ -18,17 +18,18 @@ defaults, with AdamW and with SGD, each at the best of three learning rates.
 What SINGD does differently
 ---------------------------
 
-SGD moves a layer's weight matrix :math:`W` along its gradient. SINGD
+SGD moves a layer's weight matrix :math:`W` against the gradient
+:math:`\nabla_W \ell` of the loss, times a learning rate :math:`\beta_2`. SINGD
 multiplies the gradient from both sides first,
 
 .. math::
 
-   W \leftarrow W - \beta_2 \, C C^\top \, \nabla_W \ell \; K K^\top ,
+   W \leftarrow W - \beta_2 \, C C^\top \, \nabla_W \ell \; K K^\top .
 
-where :math:`K K^\top` and :math:`C C^\top` approximate the inverse second
-moments of the layer's inputs and of its output gradients. By default,
-the step is then scaled to the size of one of AdamW's, so that its learning
-rates :math:`\beta_2` carry over.
+:math:`K K^\top` approximates the inverse second moment of the layer's inputs,
+and :math:`C C^\top` that of the gradients at its outputs; :doc:`/concepts`
+says why. By default the result is then scaled to the size of a step of AdamW,
+so that AdamW's learning rates carry over.
 """
 
 import time
@@ -42,9 +43,9 @@ from singd import SINGD
 
 EPOCHS, BATCH, STEPS, SEEDS = 3, 100, 120, (0, 1, 2)
 RATES = {
-    "SINGD": (0.003, 0.01, 0.03),
-    "AdamW": (0.01, 0.03, 0.1),
-    "SGD": (0.03, 0.1, 0.3),
+    "SINGD": (0.003, 0.01, 0.03, 0.1),
+    "AdamW": (0.003, 0.01, 0.03, 0.1),
+    "SGD": (0.03, 0.1, 0.3, 1.0),
 }
 COLORS = {"SINGD": "C0", "AdamW": "C1", "SGD": "C7"}
 _ = torch.set_num_threads(1)  # the same digits on every machine
@@ -59,12 +60,11 @@ labels = torch.tensor(labels)
 order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
 train, test = order[:4000], order[4000:]
 
-fig, axes = plt.subplots(1, 10, figsize=(8, 1.2))
-for ax, i in zip(axes, train):
+fig, axes = plt.subplots(2, 5, figsize=(4.5, 2.6))
+for ax, i in zip(axes.flat, train):
     ax.imshow(images[i, 0], cmap="gray_r")
-    ax.set_title(int(labels[i]), fontsize=9)
+    ax.set_title(f"label {int(labels[i])}", fontsize=10)
     ax.axis("off")
-_ = fig.suptitle("Ten of the 4,000 training images", y=1.15)
 
 # %%
 # The network: two convolutions and two linear layers.
@@ -87,9 +87,11 @@ def network():
 # One changed line
 # ----------------
 #
-# SINGD takes the model. Printed, it shows one line per layer: the size of the
-# weight matrix (the bias is its last column) and the structures of :math:`K`
-# (blocks of 64 on its diagonal) and :math:`C` (diagonal).
+# SINGD takes the model, because it has to see the inputs of each layer.
+# Printed, it shows one line per layer: the size of the weight matrix (the bias
+# is its last column) and the :doc:`structures </structures>` of :math:`K` and
+# :math:`C`. With ``block64diagonal``, :math:`K` has blocks of 64 x 64 on its
+# diagonal, and zeros elsewhere. That keeps it small.
 
 
 def build(name, model, lr):
@@ -103,8 +105,8 @@ def build(name, model, lr):
 print(build("SINGD", network(), lr=0.01))
 
 # %%
-# The loop is the usual one, with a learning rate that falls to zero. It
-# measures the CPU time of one thread.
+# The loop is the usual one, with a learning rate that falls to zero. We note
+# the CPU time, and the *state*: the bytes that the optimizer keeps.
 
 
 def state_bytes(optimizer):
@@ -136,8 +138,8 @@ def fit(name, lr, seed):
 
 
 # %%
-# First three learning rates for each optimizer. The best one trains two more
-# networks, from other seeds.
+# First four learning rates for each optimizer. Then the best one trains two
+# more networks, from other seeds.
 #
 # **Before you run on:** all see the same batches in the same order. Which one
 # will have the lowest training loss, and which one will be the fastest?
@@ -157,7 +159,8 @@ for name, tried in search.items():
 # The result
 # ----------
 #
-# Means over three seeds. The state is what the optimizer keeps.
+# Means over three seeds; ``test`` is the share of test digits that were
+# recognised.
 
 
 def mean(name, column):
@@ -171,74 +174,85 @@ for name in runs:
 
 # %%
 # Lines are means over the seeds, bands reach from the lowest to the highest.
-# Per step (left) SINGD is below the others, and ends lowest. Per second
-# (right) this lead is gone, because a step of SINGD costs more.
 
 # sphinx_gallery_thumbnail_number = 2
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
 curves = {}
-for name in runs:
-    losses = torch.tensor([run[0] for run in runs[name]])
-    smooth = losses.unfold(1, 20, 1).mean(2)
-    curves[name] = smooth.mean(0)
-    steps = torch.arange(20, STEPS + 1)
-    for ax, unit in zip(axes, (1, mean(name, 3) / STEPS)):
-        band = (smooth.amin(0), smooth.amax(0))
-        ax.fill_between(unit * steps, *band, color=COLORS[name], alpha=0.25)
-        label = f"{name}, lr {best[name]}"
-        ax.plot(unit * steps, curves[name], color=COLORS[name], label=label)
-axes[0].set(yscale="log", xlabel="step", ylabel="training loss (mean of 20)")
-axes[0].set_title("Per step, SINGD is far ahead")
-axes[1].set(xlabel="CPU seconds", title="Per second, this lead is gone")
-axes[0].legend()
 
+
+def draw(ax, unit):
+    for name in runs:
+        losses = torch.tensor([run[0] for run in runs[name]])
+        smooth = losses.unfold(1, 20, 1).mean(2)
+        curves[name] = smooth.mean(0)
+        x = unit(name) * torch.arange(20, STEPS + 1)
+        band = (smooth.amin(0), smooth.amax(0))
+        ax.fill_between(x, *band, color=COLORS[name], alpha=0.25)
+        label = f"{name}, lr {best[name]}"
+        ax.plot(x, curves[name], color=COLORS[name], label=label)
+    ax.set(yscale="log", ylabel="training loss (mean of 20)")
+    ax.legend()
+
+
+fig, ax = plt.subplots(figsize=(5, 3.4))
+draw(ax, lambda name: 1)
+_ = ax.set(xlabel="step", title="Per step, SINGD ends lowest")
+
+# sphinx_gallery_start_ignore
 end = curves["AdamW"][-1]
 caught = int((curves["SINGD"] < end).nonzero()[0])
 worst = max(run[1] for run in runs["SINGD"])
-assert (curves["SINGD"][20:] < 0.8 * curves["AdamW"][20:]).all()
-assert worst < 0.5 * min(run[1] for run in runs["AdamW"] + runs["SGD"])
-assert caught < 0.85 * len(curves["SINGD"])
+assert worst < min(run[1] for run in runs["AdamW"] + runs["SGD"])
+assert mean("SINGD", 1) < 0.6 * mean("AdamW", 1)
+assert caught < 0.9 * len(curves["SINGD"])
+# sphinx_gallery_end_ignore
 
 # %%
-# SINGD's last loss is less than half of the others', for every seed, and it
-# passes AdamW's last loss well before its own end. But in the time that AdamW
-# needs for all its steps SINGD makes no more progress than AdamW.
+# SINGD ends below the others for every seed, and passes AdamW's last loss
+# before its own end. The same losses against time:
 
+fig, ax = plt.subplots(figsize=(5, 3.4))
+draw(ax, lambda name: mean(name, 3) / STEPS)
+_ = ax.set(xlabel="CPU seconds", title="Per second, this lead is gone")
+
+# sphinx_gallery_start_ignore
 speed = mean("SINGD", 3) / mean("AdamW", 3)
 then = curves["SINGD"][max(0, int(STEPS / speed) - 20)]
 assert speed > 1.2
 assert then > 0.6 * end
+# sphinx_gallery_end_ignore
 
 # %%
-# Was the comparison fair? The best rates of SINGD and of AdamW have worse ones
-# on both sides.
+# A step of SINGD costs more. In the time that AdamW needs for all its steps,
+# SINGD makes no more progress than AdamW.
+#
+# Was the comparison fair? If a best rate were at the border of those tried, a
+# better one might lie outside.
 
-fig, ax = plt.subplots(figsize=(6, 3))
+fig, ax = plt.subplots(figsize=(5, 3))
 for name, tried in search.items():
     values = [run[1] for run in tried.values()]
     ax.plot(list(tried), values, "o-", color=COLORS[name], label=name)
 ax.set(xscale="log", yscale="log", xlabel="learning rate")
-ax.set(ylabel="loss of the last epoch", title="Each at its best rate")
-ax.legend()
+ax.set(ylabel="loss of the last epoch", title="No best rate is at the border")
+_ = ax.legend()
 
-assert all(best[name] == RATES[name][1] for name in ("SINGD", "AdamW"))
+# sphinx_gallery_start_ignore
+assert all(best[name] in RATES[name][1:-1] for name in RATES)
 assert 0.5 < mean("SINGD", 4) / mean("AdamW", 4) < 1.5
-
-# %%
-# SINGD's state is about as large as AdamW's here; in wide layers it is
-# smaller. On the test digits both are within four points.
-
 assert min(mean("SINGD", 2), mean("AdamW", 2)) > 0.9
 assert abs(mean("SINGD", 2) - mean("AdamW", 2)) < 0.04
+# sphinx_gallery_end_ignore
 
 # %%
+# None is. SINGD's state is about as large as AdamW's here. On the test digits
+# the two are within four percentage points.
+#
 # When not to use it
 # ------------------
 #
-# Where a step of the model itself is cheap, as here, AdamW is as good a buy
-# per second. Longer runs have not been compared yet. For five tasks and 400
-# steps, :ref:`sphx_glr_auto_gallery_1_start_plot_13_when_is_singd_right.py`
-# tells who wins.
+# Where the model itself is cheap to compute, as here, AdamW trains as far in
+# the same time. Longer runs have not been compared yet; for five tasks, see
+# :ref:`sphx_glr_auto_gallery_1_start_plot_13_when_is_singd_right.py`.
 #
 # .. admonition:: Lessons learned
 #
@@ -248,12 +262,13 @@ assert abs(mean("SINGD", 2) - mean("AdamW", 2)) < 0.04
 #
 # .. admonition:: Exercise
 #
-#    Train with ``structures=("diagonal", "diagonal")``. Where do its loss and
-#    its state lie?
+#    Let both factors be diagonal: ``structures=("diagonal", "diagonal")``. Do
+#    the loss and the state become larger or smaller?
 #
 # .. dropdown:: Solution
 #
-#    The state is smaller than AdamW's. The loss is higher than with blocks.
+#    The loss is higher than with blocks, because :math:`K` cannot see
+#    correlations of pixels any more. The state is smaller, even than AdamW's.
 #
 #    .. code-block:: python
 #
@@ -262,7 +277,7 @@ assert abs(mean("SINGD", 2) - mean("AdamW", 2)) < 0.04
 #
 #
 #        _, loss_diagonal, *_, state_diagonal = fit("diagonal", 0.01, 0)
-#        assert loss_diagonal > search["SINGD"][0.01][1]
+#        assert loss_diagonal > min(r[1] for r in search["SINGD"].values())
 #        assert state_diagonal < 0.7 * mean("AdamW", 4)
 #
 # Where to go next:

@@ -3,12 +3,13 @@ How do I put SINGD in place of AdamW? One line at a time
 ========================================================
 
 You have a loop that trains with AdamW. This page turns it into one that trains
-with SINGD: the constructor changes, the learning rate and its schedule stay.
+with SINGD: one line changes, the one that builds the optimizer. The learning
+rate and its schedule stay.
 
 .. admonition:: What you will learn
 
-   - **Replace** the constructor, and nothing else.
-   - **Translate** AdamW's arguments to those of SINGD.
+   - **Replace** AdamW in a loop, and change nothing else.
+   - **Find** which parameters AdamW still trains, and in which group.
    - **Compare** both at the same learning rates.
 
    You need to know an ordinary PyTorch training loop.
@@ -17,17 +18,20 @@ with SINGD: the constructor changes, the learning rate and its schedule stay.
 Two update rules
 ----------------
 
-AdamW scales each entry of the gradient by its own size. SINGD multiplies the
-gradient of a weight matrix from both sides, and scales the result :math:`N`
-as a whole, so that a step moves weights by about :math:`\beta_2`,
+AdamW divides each entry of the gradient by its usual size. So a step moves
+each weight by about the learning rate :math:`\beta_2`. SINGD multiplies the
+gradient of a weight matrix from both sides (:doc:`why </concepts>`), and then
+scales the result :math:`N` as a whole. With a weight decay :math:`\gamma`, and
+without momentum,
 
 .. math::
 
    N = C C^\top \, \nabla_W \ell \; K K^\top , \qquad
-   W \leftarrow W - \beta_2 \left(N / \mathrm{rms}(N) + \gamma W\right) .
+   W \leftarrow W - \beta_2 \left(\frac{N}{\mathrm{rms}(N)} +
+   \gamma W\right) .
 
-AdamW's first steps move weights by :math:`\beta_2` too. So its learning rates
-carry over. (The momentum is left out here.)
+The root mean square (rms) of the scaled part is 1. So weights move by about
+:math:`\beta_2` here too, and AdamW's learning rates carry over.
 """
 
 import matplotlib.pyplot as plt
@@ -39,7 +43,7 @@ from singd import PUBLISHED, SINGD
 
 STEPS, BATCH, SEEDS = 150, 64, (0, 1, 2)
 RATES = (1e-3, 1e-2, 3e-2, 1e-1)
-COLORS = {"AdamW": "C1", "SINGD": "C0", "published": "C7"}
+COLORS = {"AdamW": "C1", "SINGD": "C0", "published": "C3"}
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 # %%
@@ -78,13 +82,13 @@ def fit(model, optimizer):
 
 
 # %%
-# The constructor
-# ---------------
+# The line that changes
+# ---------------------
 #
 # ``AdamW(model.parameters(), ...)`` becomes ``SINGD(model, ...)``. It needs
-# the model, because it listens to the inputs of the layers and to their output
-# gradients. ``weight_decay`` acts on the weights at once, as AdamW's does. The
-# third line is the method as published, for comparison.
+# the model, because it reads the inputs of the layers and the gradients at
+# their outputs. ``weight_decay`` means what it means for AdamW. The third
+# function is SINGD as it was published, for comparison.
 
 
 def adamw(model, lr):
@@ -103,9 +107,10 @@ optimizer = singd(network(), 1e-2)
 print(optimizer)
 
 # %%
-# The two linear layers train with factors. The LayerNorm trains with AdamW, in
-# a group of its own: ``fallback`` holds its options. Its learning rate is that
-# of SINGD, so one schedule drives both.
+# The two linear layers have factors :math:`K` and :math:`C`. The LayerNorm has
+# no weight matrix, so AdamW trains it, inside SINGD, in parameter group 1.
+# Options for it would go into the argument ``fallback``. Its learning rate is
+# that of SINGD, so one schedule drives both:
 
 groups = optimizer.param_groups
 assert [group["algorithm"] for group in groups] == ["singd", "adamw"]
@@ -114,7 +119,7 @@ assert groups[0]["lr"] == groups[1]["lr"] == 1e-2
 
 # %%
 # **Before you run on:** all three train at the same four learning rates, from
-# three seeds. Which one depends least on the rate?
+# three seeds. Will AdamW's best rate be a good one for SINGD?
 
 builders = {"AdamW": adamw, "SINGD": singd, "published": published}
 runs = {name: {lr: [] for lr in RATES} for name in builders}
@@ -127,13 +132,14 @@ for name, build in builders.items():
     runs[name] = {lr: torch.stack(losses) for lr, losses in runs[name].items()}
 
 # %%
-# We look at the last losses. Bands reach from the lowest to the highest seed.
+# The last 30 losses of each run, averaged. Lines are means over the seeds,
+# bands reach from the lowest to the highest.
 
 last = {
     name: torch.stack([run[:, -30:].mean(1) for run in tried.values()])
     for name, tried in runs.items()
 }
-fig, ax = plt.subplots(figsize=(6, 3.4))
+fig, ax = plt.subplots(figsize=(5, 3.4))
 for name, ends in last.items():
     ax.fill_between(
         RATES, ends.amin(1), ends.amax(1), alpha=0.25, color=COLORS[name]
@@ -141,18 +147,20 @@ for name, ends in last.items():
     ax.plot(RATES, ends.mean(1), "o-", color=COLORS[name], label=name)
 ax.set(xscale="log", yscale="log", xlabel="learning rate")
 ax.set(ylabel="loss of the last 30 steps", title="AdamW's rates train SINGD")
-ax.legend()
+_ = ax.legend()
 
+# sphinx_gallery_start_ignore
 ratio = last["SINGD"].mean(1) / last["AdamW"].mean(1)
-assert (ratio < 0.85).all()
+assert (ratio[1:] < 1).all()
+# sphinx_gallery_end_ignore
 
 # %%
-# At each of these rates SINGD ends below AdamW. Now each at its best of the
-# four. The published method is not tuned beyond its rate, and might want a
-# higher one; its factors hardly move in so short a run.
+# From a rate of 0.01 on SINGD ends below AdamW. For the published method the
+# largest of the rates is best: those of AdamW do *not* carry over to it. Now
+# the runs, each at its best rate:
 
 best = {name: RATES[int(e.mean(1).argmin())] for name, e in last.items()}
-fig, ax = plt.subplots(figsize=(6, 3.4))
+fig, ax = plt.subplots(figsize=(5, 3.4))
 for name, lr in best.items():
     smooth = runs[name][lr].unfold(1, 10, 1).mean(2)
     color, steps = COLORS[name], range(10, STEPS + 1)
@@ -161,19 +169,26 @@ for name, lr in best.items():
     ax.plot(steps, smooth.mean(0), color=color, label=f"{name}, lr {lr}")
 ax.set(xlabel="step", ylabel="training loss (mean of 10)", yscale="log")
 ax.set_title("At its best rate, SINGD ends lowest")
-ax.legend()
+_ = ax.legend()
 
+# sphinx_gallery_start_ignore
 ends = {name: tried.mean(1).min() for name, tried in last.items()}
-assert ends["SINGD"] < 0.6 * ends["AdamW"] < 0.6 * ends["published"]
-assert max(best["SINGD"], best["AdamW"]) < 0.1
+assert ends["SINGD"] < 0.8 * ends["AdamW"] < 0.8 * ends["published"]
+assert max(best["SINGD"], best["AdamW"]) < 0.1 == best["published"]
+assert (PUBLISHED["lr_cov"], PUBLISHED["T"]) == (0.01, 10)
+# sphinx_gallery_end_ignore
 
 # %%
+# The published method updates its factors at every tenth step, by steps of
+# 0.01. That is made for long runs; here it makes 15 small updates.
+#
 # What the factors look like
 # --------------------------
 #
-# :math:`K K^\top` approximates the inverse second moment of the inputs. Pixels
-# at the border are almost always empty: there it can grow. The last row and
-# column of :math:`K` belong to the bias; we leave them out.
+# :math:`K K^\top` approximates the inverse of the inputs' second moment
+# :math:`\mathbb{E}[a a^\top]`. It should be large for pixels that are small,
+# as those at the left and right border are. We draw its diagonal, without the
+# last entry, which belongs to the bias.
 
 model = network()
 optimizer = singd(model, 1e-2)
@@ -183,33 +198,34 @@ diagonal = (K @ K.T).diagonal()[:64].view(8, 8)
 fig, ax = plt.subplots(figsize=(4.2, 3.4))
 shown = ax.imshow(diagonal.log10())
 ax.set(xlabel="pixel column", ylabel="pixel row")
-ax.set_title("Diagonal of K Kᵀ, as an image")
-_ = fig.colorbar(shown, label="log10")
+ax.set_title("The empty borders are amplified")
+_ = fig.colorbar(shown, label="log10 of the diagonal of K Kᵀ")
 
-assert diagonal[:, 0].min() > diagonal[:, 2:6].max()
-assert diagonal.max() > 3 * diagonal.min()
+# sphinx_gallery_start_ignore
+border, middle = diagonal[:, [0, 7]], diagonal[:, 2:6]
+assert border.mean() > 1.5 * middle.mean()
+assert diagonal[:, 0].min() > middle.max()
+# sphinx_gallery_end_ignore
 
 # %%
-# The empty column at the left is amplified more than the middle, several
-# times.
-#
 # When not to use it
 # ------------------
 #
-# This page counts steps. A step of SINGD takes longer than one of AdamW, so
-# keep AdamW if its loss per *second* is what you pay for and your network is
-# small. Keep it for networks made mostly of parameters that are not matrices.
+# A step of SINGD takes longer than one of AdamW. If the network is small and
+# *time* is what you pay for, keep AdamW. Keep it also for networks made mostly
+# of parameters that are not matrices.
 #
 # .. admonition:: Lessons learned
 #
 #    - ``SINGD(model)`` replaces ``AdamW(model.parameters())``.
 #    - The learning rate, its schedule and the decay carry over.
-#    - All other parameters train with AdamW: set it up with ``fallback``.
-#    - ``PUBLISHED`` is another method: its rates do not carry over.
+#    - What is not a matrix trains with AdamW: ``fallback`` holds its options.
+#    - ``PUBLISHED`` takes other steps: AdamW's rates do not carry over to it.
 #
 # .. admonition:: Exercise
 #
-#    What happens with ``fallback=None``?
+#    With ``fallback=None`` nothing stands in for SINGD. What happens to the
+#    LayerNorm?
 #
 # .. dropdown:: Solution
 #

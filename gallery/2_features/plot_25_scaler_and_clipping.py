@@ -2,10 +2,11 @@ r"""
 Gradient scaling and clipping: what does SINGD have to know?
 ============================================================
 
-In float16 small gradients become zero. A gradient scaler multiplies the loss,
-so that they survive. SINGD gathers *squares* of gradients during the backward,
-before anything is unscaled. So it must be told of the scaler. Of clipping it
-need not know.
+In float16, a number format of 16 bits, small gradients become zero. A gradient
+scaler multiplies the loss by a large number, so that they survive, and divides
+the gradients by it before the step. SINGD also gathers *squares* of gradients
+during the backward pass, before that division. So it must be told of the
+scaler. Of gradient clipping it need not know.
 
 .. admonition:: What you will learn
 
@@ -19,15 +20,16 @@ need not know.
 Why it has to know
 ------------------
 
-The scaler multiplies the loss by :math:`c`. Then every output gradient is
-:math:`c\,g`, and
+SINGD needs :math:`G`, the second moment of the gradients :math:`g` at a
+layer's output (:doc:`/concepts`). The scaler multiplies the loss by
+:math:`c`. Then every :math:`g` becomes :math:`c\,g`, and
 
 .. math::
 
-   G \;\to\; c^2\, G .
+   G = \mathbb{E}[g g^\top] \;\to\; c^2\, G .
 
-With :math:`c = 2^{16}`, the usual start, that is a factor of four billion.
-SINGD divides by it as it gathers.
+With :math:`c = 2^{16}`, the usual start, that is a factor of four billion. If
+SINGD knows the scaler, it divides by :math:`c^2`.
 """
 
 import copy
@@ -37,10 +39,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from singd import PUBLISHED, SINGD
+from singd import SINGD
 
-STEPS, BATCH = 60, 64
-FACTORS = PUBLISHED | dict(lr=3e-3, T=1, lr_cov=0.2, normalize_lr_cov=True)
+STEPS, BATCH, LR = 60, 64, 1e-2
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 data = load_digits()
@@ -53,27 +54,35 @@ start = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 # Why scale at all?
 # -----------------
 #
-# The smallest positive number of float16 is about :math:`6 \cdot 10^{-8}`.
+# We round gradients of many sizes to float16, once as they are, and once
+# multiplied by :math:`2^{16}`, then divided by it again in float32.
 
 small = torch.logspace(-10, -4, 60)
 kept = small.half().float() / small
 scaled = (small * 2**16).half().float() / 2**16 / small
 
-fig, ax = plt.subplots(figsize=(5.4, 3))
-ax.semilogx(small, kept, label="as it is")
-ax.semilogx(small, scaled, label="scaled by $2^{16}$")
-ax.set(xlabel="gradient", ylabel="float16 over exact")
+fig, ax = plt.subplots(figsize=(5, 3))
+ax.semilogx(small, kept, "C3", label="as it is")
+ax.semilogx(small, scaled, "C0", label="scaled by $2^{16}$")
+ax.set(xlabel="gradient", ylabel="after rounding / before")
 ax.set_title("Scaling saves small gradients")
-ax.legend()
-assert kept[0] == 0
+_ = ax.legend()
+
+# sphinx_gallery_start_ignore
+assert kept[0] == 0 == kept[small < 2e-8].max()
 assert (scaled - 1).abs().max() < 0.01
+# sphinx_gallery_end_ignore
 
 # %%
+# Below about :math:`3 \cdot 10^{-8}` nothing is left without the scale. With
+# it, the error is under one percent.
+#
 # A scaled loop
 # -------------
 #
-# It is PyTorch's own recipe. Only the constructor knows of the scaler. We
-# train in float32 here, where a power of two may change nothing at all.
+# It is PyTorch's own recipe, but for one argument: SINGD is built with
+# ``grad_scaler=scaler``. We train in float32 here. There, multiplying by a
+# power of two rounds nothing, so the scale should change nothing at all.
 
 
 def fit(scale=None, clip=None, bad_step=None, unscale=True):
@@ -81,7 +90,7 @@ def fit(scale=None, clip=None, bad_step=None, unscale=True):
     scaler = torch.amp.GradScaler(
         "cpu", init_scale=scale or 1.0, enabled=scale is not None
     )
-    optimizer = SINGD(model, grad_scaler=scaler, **FACTORS)
+    optimizer = SINGD(model, lr=LR, grad_scaler=scaler)
     shuffle = torch.Generator().manual_seed(1)
     losses, norms, scales = [], [], []
     for step in range(STEPS):
@@ -118,7 +127,7 @@ assert torch.equal(plain, known)
 
 model = copy.deepcopy(start)
 scaler = torch.amp.GradScaler("cpu")
-optimizer = SINGD(model, **FACTORS)
+optimizer = SINGD(model, lr=LR)
 loss = nn.functional.cross_entropy(model(images[:64]), labels[:64])
 scaler.scale(loss).backward()
 try:
@@ -132,75 +141,78 @@ assert "grad_scaler=scaler" in message
 # A skipped step
 # --------------
 #
-# Where a gradient is not finite, the scaler skips the step and halves its
-# scale. We spoil the batch of step 30.
+# Where a gradient is infinite or not a number, the scaler skips the step and
+# halves its scale. We put infinity into the images of step 30.
 
 weights, optimizer, losses, _, scales = fit(scale=2.0**16, bad_step=30)
-fig, axes = plt.subplots(2, 1, figsize=(5.4, 5), sharex=True)
-axes[0].plot(undisturbed, color="C7", lw=4, alpha=0.4, label="undisturbed")
+fig, axes = plt.subplots(2, 1, figsize=(5, 5), sharex=True)
+axes[0].plot(undisturbed, color="silver", lw=5, label="undisturbed")
 axes[0].plot(losses, label="spoilt at step 30")
 axes[0].set(ylabel="training loss", yscale="log")
-axes[0].set_title("The run goes on as if nothing had happened")
+axes[0].set_title("After a bad batch the run goes on")
 axes[0].legend()
 axes[1].step(range(STEPS), scales, where="post")
 axes[1].set(xlabel="step", ylabel="scale", ylim=(0, 80000))
 axes[1].set_title("The scale is halved once")
 
 K = optimizer.factors("0").K.dense()
-assert scales[29] == 2.0**16
-assert scales[30] == 2.0**15
 assert torch.isfinite(K).all()
 assert torch.isfinite(weights).all()
+# sphinx_gallery_start_ignore
+assert scales[29] == 2.0**16
+assert scales[30] == scales[-1] == 2.0**15
 assert losses[:30] == undisturbed[:30]
 end, expected = (sum(run[-20:]) / 20 for run in (losses, undisturbed))
-print(f"the last losses agree to 25 %: {abs(end / expected - 1) < 0.25}")
-assert abs(end / expected - 1) < 0.25
+assert 0.5 < end / expected < 2
+# sphinx_gallery_end_ignore
 
 # %%
-# The loss of the bad step is no number, and leaves a gap. Up to there the two
-# runs are the same. After it they differ by one missing step: the last 20
-# losses agree to 25 %. Neither the weights nor the factors have seen the bad
-# batch.
+# The loss of the bad step is not a number, and leaves a gap. Up to there the
+# two runs are the same; after it they differ by one missing step. Neither the
+# weights nor the factors have seen the bad batch.
 #
 # What clipping clips
 # -------------------
 #
-# ``clip_grad_norm_`` shortens the gradient before SINGD multiplies it. The
-# statistics are gathered earlier, from the unclipped gradients. The length of
-# the step on the weights is thus *not* bounded by the clipping.
+# ``clip_grad_norm_`` shortens the gradient, after the backward pass and before
+# SINGD multiplies it. By default SINGD scales each of its steps to a size that
+# ``lr`` sets (``match_rms=1``), so the length of the gradient hardly counts.
+# What clipping does bound is the share of one bad batch in the momentum.
 
 LIMIT = 0.3
-clipped_run = fit(scale=2.0**16, clip=LIMIT)
-clipped, norms = clipped_run[0], clipped_run[3]
-fig, ax = plt.subplots(figsize=(5.4, 3))
-ax.plot(norms, label="before clipping")
-ax.plot([min(n, LIMIT) for n in norms], label="after clipping")
+clipped, _, _, norms, _ = fit(scale=2.0**16, clip=LIMIT)
+fig, ax = plt.subplots(figsize=(5, 3))
+ax.plot(norms, "C3", label="before clipping")
+ax.plot([min(n, LIMIT) for n in norms], "C0", label="after clipping")
 ax.set(xlabel="step", ylabel="norm of the gradient")
 ax.set_title("Clipping acts on the gradient")
-ax.legend()
+_ = ax.legend()
 
-assert max(norms) > LIMIT
-assert not torch.equal(clipped, plain)
 without, *_ = fit(clip=LIMIT)
 assert torch.equal(clipped, without)
+# sphinx_gallery_start_ignore
+assert max(norms) > LIMIT
+assert not torch.equal(clipped, plain)
+# sphinx_gallery_end_ignore
 
 # %%
-# Some gradients were longer than the limit, and clipping changed the run. With
-# or without the scaler, it changed it in the same way.
+# Some gradients were longer than the limit, so clipping changed the run. With
+# and without the scaler it did so in the same way, because ``unscale_`` had
+# divided the gradients before.
 #
 # When not to use it
 # ------------------
 #
-# bfloat16 has the range of float32. There a scaler has nothing to save: leave
-# it out.
+# :term:`bfloat16` has the range of float32. There a scaler has nothing to
+# save: leave it out.
 #
 # .. admonition:: Lessons learned
 #
 #    - Pass ``grad_scaler=scaler``; the loop stays PyTorch's.
 #    - A scale that is a power of two changes nothing.
 #    - Unscale before you clip, as with any optimizer.
-#    - Clipping bounds the gradient, not the natural gradient. To bound the
-#      step, lower ``lr`` or raise ``damping``.
+#    - Clipping bounds the gradient, not the step. To bound the step, lower
+#      ``lr``.
 #
 # .. admonition:: Exercise
 #
@@ -209,16 +221,14 @@ assert torch.equal(clipped, without)
 #
 # .. dropdown:: Solution
 #
-#    The scaled gradients: all are far longer than the limit, and after the
-#    division next to nothing is left of them. The weights hardly move.
+#    The scaled gradients: all are far longer than the limit, even those that
+#    should not be clipped, so after clipping all have the same length.
 #
 #    .. code-block:: python
 #
-#        first = nn.utils.parameters_to_vector(start.parameters()).detach()
-#        stuck, *_ = fit(scale=2.0**16, clip=LIMIT, unscale=False)
-#        moved, should = (stuck - first).norm(), (clipped - first).norm()
-#        print(f"moved {moved / should:.1%} of the way")
-#        assert moved < should / 100
+#        wrong, _, _, norms, _ = fit(2.0**16, LIMIT, unscale=False)
+#        assert min(norms) > 100 * LIMIT
+#        assert not torch.equal(wrong, clipped)
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` is the other

@@ -2,15 +2,16 @@ r"""
 Do micro-batches give the same step as one batch?
 =================================================
 
-A batch that does not fit into memory is taken in parts: several backwards,
-then one step. Gradients simply add up. The statistics of SINGD are averages of
-*squares*, and these need more care. This page shows that the care is taken.
+A batch that does not fit into memory is taken in parts, the *micro-batches*:
+several backward passes, then one step. Gradients simply add up. SINGD also
+averages *squares* of gradients, and these need more care. This page shows what
+SINGD takes care of, and what you have to.
 
 .. admonition:: What you will learn
 
    - **Scale** the loss of each micro-batch.
    - **Check** that the step is that of the whole batch.
-   - **See** what goes wrong with another scaling, and for whom.
+   - **See** what another scaling does, and to which options it does harm.
 
    You should have read
    :ref:`sphx_glr_auto_gallery_1_start_plot_11_replace_adamw.py`.
@@ -18,16 +19,17 @@ then one step. Gradients simply add up. The statistics of SINGD are averages of
 What is added up
 ----------------
 
-With a loss that is a mean over the batch of :math:`B` examples, the output
-gradient of one example carries a factor :math:`1/B`. The statistics are
+SINGD needs the second moments of a layer's inputs :math:`a` and of the
+gradients :math:`g` at its outputs (:doc:`/concepts`). With a loss that is a
+mean over :math:`B` examples, each :math:`g` carries a factor :math:`1/B`. So
 
 .. math::
 
    U = \frac1B \sum_b a_b a_b^\top, \qquad G = B \sum_b g_b g_b^\top .
 
-Each backward adds to both *sums*. The step divides and multiplies once, by the
-:math:`B` of all micro-batches together. This is right if the losses of the
-micro-batches add up to the loss of the whole batch.
+Each backward pass adds to both *sums*. The step divides one and multiplies the
+other by the :math:`B` of all micro-batches together. This is right if the
+losses of the micro-batches add up to the loss of the whole batch.
 """
 
 import copy
@@ -40,7 +42,11 @@ from torch import nn
 from singd import PUBLISHED, SINGD
 
 BATCH, STEPS = 96, 12
-OPTIONS = PUBLISHED | dict(lr=1e-2, T=1, lr_cov=0.1, damping=1e-2)
+OPTIONS = {
+    "SINGD": dict(lr=1e-2),
+    "published": PUBLISHED | dict(lr=1e-2, T=1, lr_cov=0.1),
+}
+OPTIONS["IKFAC"] = OPTIONS["published"] | dict(rule="ikfac")
 _ = torch.set_num_threads(1)  # the same digits on every machine
 
 data = load_digits()
@@ -55,13 +61,14 @@ start = start.double()
 # --------
 #
 # ``parts`` are the sizes of the micro-batches. The loss of each is a mean over
-# its own examples, so it is weighted by its share of the batch.
+# its own examples, so we multiply it by its share of the batch. (The other
+# values of ``weight`` come further down.)
 
 
-def fit(parts, weight="share", **options):
+def fit(parts, weight="share", name="SINGD", **more):
     """The first layer's K, C and W after each step."""
     model, history = copy.deepcopy(start), []
-    optimizer = SINGD(model, **(OPTIONS | options))
+    optimizer = SINGD(model, **(OPTIONS[name] | more))
     for step in range(STEPS):
         batch = torch.arange(step * BATCH, (step + 1) * BATCH)
         optimizer.zero_grad()
@@ -94,8 +101,7 @@ def differences(run, right, which):
 # Equal or unequal, it is the same step
 # -------------------------------------
 #
-# We train in double precision, so that a difference would not hide in
-# rounding.
+# In double precision no difference could hide in rounding.
 
 whole = fit([96])
 SPLITS = {
@@ -104,11 +110,11 @@ SPLITS = {
     "96 of one": [1] * 96,
 }
 rounding = {}
-for name, parts in SPLITS.items():
+for split, parts in SPLITS.items():
     run = fit(parts)
-    rounding[name] = differences(run, whole, 0)
+    rounding[split] = differences(run, whole, 0)
     worst = max(difference(a, b) for a, b in zip(run[-1], whole[-1]))
-    print(f"{name:10} the same: {worst < 1e-10}")
+    print(f"{split:10} the same: {worst < 1e-10}")
     assert worst < 1e-10
 
 # %%
@@ -118,120 +124,122 @@ for name, parts in SPLITS.items():
 # The wrong scaling
 # -----------------
 #
-# Some loops leave the losses as they are and divide the gradients before the
-# step. The gradients are then right. But :math:`G` has been gathered from
-# gradients that were four times too large, :math:`G \to 16\,G`.
+# Some loops leave the losses as they are, and divide the gradients by the
+# number of parts before the step (``weight="after"``). Then the gradients are
+# right. But :math:`G` was made of gradients that were four times too large, so
+# it is 16 times too large.
 
 four = [24] * 4
 wrong = fit(four, weight="after")
 steps = range(1, STEPS + 1)
-fig, ax = plt.subplots(figsize=(5.4, 3.4))
-for name, line in rounding.items():
-    ax.plot(steps, [max(d, 1e-17) for d in line], label=name)
+fig, ax = plt.subplots(figsize=(5, 3.4))
+for (split, line), style in zip(rounding.items(), ("-", "--", ":")):
+    floor = [max(d, 1e-17) for d in line]
+    ax.plot(steps, floor, f"C0{style}", label=split)
 ax.plot(steps, differences(wrong, whole, 0), "C3", label="divided afterwards")
 ax.set(yscale="log", ylim=(1e-18, 10), xlabel="step")
 ax.set(ylabel="relative difference of K", title="Rounding, and a real error")
-ax.legend(loc="center right")
+_ = ax.legend(loc="center right")
 
-assert min(differences(wrong, whole, 0)) > 1e10 * max(rounding["unequal"])
+# sphinx_gallery_start_ignore
+assert max(max(line) for line in rounding.values()) < 1e-12
+assert min(differences(wrong, whole, 0)) > 0.1
+# sphinx_gallery_end_ignore
 
 # %%
-# A right split differs from the whole batch in the sixteenth digit. The wrong
-# scaling differs in the second or third one, from the first step on.
+# A right split gives the :math:`K` of the whole batch up to rounding. The
+# wrong scaling changes it by more than a tenth, from the first step on.
 #
-# **Before you run on:** SINGD is invariant to :math:`U \to cU, G \to G/c`, but
-# here only :math:`G` changes. IKFAC (``kfac_like=True``) has no such
-# invariance at all. What do you expect of each?
+# **Before you run on:** are the *weights* wrong, too? Consider the defaults of
+# SINGD, the published method, and :term:`IKFAC`.
 
 off = {}
-fig, axes = plt.subplots(2, 1, figsize=(5.4, 5), sharex=True, sharey=True)
-for ax, (name, like) in zip(axes, {"SINGD": False, "IKFAC": True}.items()):
-    right = fit([96], kfac_like=like)
-    shared = fit(four, kfac_like=like)
-    wrong = fit(four, weight="after", kfac_like=like)
-    assert max(differences(shared, right, 2)) < 1e-10
-    for which, label in enumerate("KCW"):
-        line = [100 * d for d in differences(wrong, right, which)]
-        ax.plot(steps, line, "o-", markersize=4, label=label)
-        off[name, label] = line[-1]
-    ax.set(ylabel="off by (%)", title=f"{name}, divided afterwards")
-axes[0].legend()
-_ = axes[1].set_xlabel("step")
-for name in ("SINGD", "IKFAC"):
-    print(name, *(f"{label} {off[name, label]:.1f} %" for label in "KCW"))
+STYLES = {"SINGD": "C0o-", "published": "C3s--", "IKFAC": "C9^:"}
+fig, ax = plt.subplots(figsize=(5, 3.4))
+for name, style in STYLES.items():
+    right = fit([96], name=name)
+    wrong = fit(four, weight="after", name=name)
+    off[name] = [100 * d for d in differences(wrong, right, 2)]
+    ax.plot(steps, off[name], style, markersize=4, label=name)
+ax.set(xlabel="step", ylabel="weights are off by (%)")
+ax.set_title("The defaults forgive a wrong scale")
+_ = ax.legend()
+
+# sphinx_gallery_start_ignore
+assert max(off["SINGD"]) < 1e-8
+for name in ("published", "IKFAC"):
+    assert off[name] == sorted(off[name]) and off[name][-1] > 0.1
+# sphinx_gallery_end_ignore
 
 # %%
-# In SINGD the trace of :math:`H_C` scales the update of :math:`K`, so a wrong
-# :math:`G` reaches :math:`K`. IKFAC's first :math:`K` does not see :math:`G`;
-# there the error sits in :math:`C`, and spoils the weights all the same.
-
-assert off["SINGD", "K"] > 3
-assert off["IKFAC", "K"] < 1e-8
-assert off["IKFAC", "C"] > 1
-assert min(off["SINGD", "W"], off["IKFAC", "W"]) > 0.1
-
-# %%
+# With the defaults, :term:`damping` is a share of the curvature, and a step is
+# scaled to the size that ``lr`` sets. So a constant factor on :math:`G` drops
+# out again. With the damping of the published method, or of IKFAC, it does
+# not: the weights are off, by more in each step.
+#
 # The more parts, the worse
 # -------------------------
 #
 # The wrong scaling makes :math:`G` too large by the square of the number of
-# parts. So the error depends on how you cut the batch, and that should not
-# matter.
+# parts. So here the published method depends on how you cut the batch.
 
 numbers = [1, 2, 3, 4, 6]
-errors = []
+errors, right = [], fit([96], name="published")[-1][2]
 for n in numbers:
-    K, *_ = fit([96 // n] * n, weight="after")[-1]
-    errors.append(100 * difference(K, whole[-1][0]))
+    *_, W = fit([96 // n] * n, weight="after", name="published")[-1]
+    errors.append(100 * difference(W, right))
 
-fig, ax = plt.subplots(figsize=(5.4, 3))
-ax.plot(numbers, errors, "o-")
-ax.set(xlabel="number of micro-batches", ylabel="K is off by (%)")
-ax.set_title("The error grows with the number of parts")
+fig, ax = plt.subplots(figsize=(5, 3))
+ax.plot(numbers, errors, "C3s--")
+ax.set(xlabel="number of micro-batches", ylabel="weights are off by (%)")
+_ = ax.set_title("The error grows with the number of parts")
 
+# sphinx_gallery_start_ignore
 assert errors == sorted(errors)
 assert errors[0] < 1e-8
+# sphinx_gallery_end_ignore
 
 # %%
 # Clear both
 # ----------
 #
-# ``optimizer.zero_grad()`` clears the gradients and the sums of statistics.
+# ``optimizer.zero_grad()`` clears the gradients and SINGD's sums.
 # ``model.zero_grad()`` deletes the gradients, and SINGD notices. With
 # ``set_to_none=False`` it writes zeros into them, which SINGD cannot see: the
-# sums stay. We throw a first backward away in each of these ways.
+# sums stay. We throw a first backward pass away in each of these ways.
 
 
 def thrown_away(clear):
     model = copy.deepcopy(start)
-    optimizer = SINGD(model, **OPTIONS)
+    optimizer = SINGD(model, **OPTIONS["SINGD"])
     for part in (torch.arange(96, 192), torch.arange(96)):
         clear(model, optimizer)
         output = model(images[part])
         nn.functional.cross_entropy(output, labels[part]).backward()
     optimizer.step()
-    return optimizer.factors("0").K.dense() - torch.eye(65)  # the update
+    return optimizer.factors("0").K.dense()
 
 
 right = thrown_away(lambda model, optimizer: optimizer.zero_grad())
 seen = thrown_away(lambda model, optimizer: model.zero_grad())
 unseen = thrown_away(lambda model, _: model.zero_grad(set_to_none=False))
 assert torch.equal(seen, right)
-print(f"zeros: the update of K is off by {difference(unseen, right):.1%}")
+print(f"zeros: K is off by {difference(unseen, right):.1%}")
 assert difference(unseen, right) > 0.01
 
 # %%
 # When not to use it
 # ------------------
 #
-# If the batch fits, take it whole: there is nothing to gain. With a BatchNorm,
-# micro-batches are not equal to the whole batch in any optimizer.
+# If the batch fits into memory, take it whole: there is nothing to gain. With
+# a BatchNorm, which averages over each micro-batch, they are not equal to the
+# whole batch in any optimizer.
 #
 # .. admonition:: Lessons learned
 #
 #    - Weight each loss by its share of the batch; then nothing else changes.
 #    - Parts of unequal size are fine.
-#    - Do not rescale gradients afterwards: the statistics are gathered before.
+#    - Do not rescale gradients afterwards: SINGD has read them before.
 #    - Call ``optimizer.zero_grad()``: it clears statistics and gradients.
 #
 # .. admonition:: Exercise

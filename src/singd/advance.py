@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from singd import weight_steps
 from singd.blocks import Block, gradient_of
 from singd.groups import is_due, step_size
 from singd.hooks import Collector
@@ -15,6 +14,7 @@ from singd.processes.collectives import placed_like, whole_vectors
 from singd.processes.ownership import Ownership
 from singd.rules import INPUT, OUTPUT, Curvature
 from singd.statistics import Statistics
+from singd.weight_steps import WeightSteps, matched
 
 States = Mapping[Any, dict[str, Any]]
 
@@ -101,27 +101,29 @@ def _curvature(
 def directions(
     blocks: Sequence[Block],
     states: States,
-    group_of: Mapping[nn.Parameter, dict[str, Any]],
+    steps: WeightSteps,
     ownership: Ownership,
     cache_products: bool | None,
     rehearsal: bool,
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """The parameters of some layers that have a gradient, each with its direction.
+) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+    """The parameters of some layers, each with its direction; None of one that has no gradient.
 
     Args:
         blocks: Those that take part in a step.
         states: The optimizer's state by parameter.
-        group_of: Each parameter's group.
+        steps: Those on the weights, which know the momenta of gradients.
         ownership: Which process keeps which layer.
         cache_products: Whether products of the factors are kept between updates; None: where they are small.
         rehearsal: Whether all gradients are zero, and no factors needed.
     """
-    found = _preconditioned(blocks, states, group_of, ownership, cache_products, rehearsal)
+    found = _preconditioned(blocks, states, steps, ownership, cache_products, rehearsal)
     for block, N in ownership.directions(found, rehearsal):
         parts = block.kind.from_matrix(block.modules[0], N, block.bias is not None)
         for p, d in zip(block.params, parts, strict=False):
-            if d is not None and p.grad is not None:
-                d = weight_steps.matched(d, block.group["match_rms"])
+            if p.grad is None:
+                yield p, None
+            elif d is not None:
+                d = matched(d, block.group["match_rms"])
                 yield p, placed_like(d.to(p.dtype), p)
 
 
@@ -137,7 +139,7 @@ def keeps_products(block: Block, wanted: bool | None) -> bool:
 def _preconditioned(
     blocks: Sequence[Block],
     states: States,
-    group_of: Mapping[nn.Parameter, dict[str, Any]],
+    steps: WeightSteps,
     ownership: Ownership,
     cache_products: bool | None,
     rehearsal: bool,
@@ -145,7 +147,7 @@ def _preconditioned(
     """The preconditioned gradient of each block, [d_o, d_i]; None of one that another rank owns."""
 
     def vector(p: nn.Parameter) -> Tensor:
-        return weight_steps.averaged_gradient(p, gradient_of(p), group_of[p], states[p])
+        return steps.averaged_gradient(p, gradient_of(p))
 
     for block, vectors in whole_vectors(blocks, vector):
         dW = block.gradient(vectors)

@@ -13,8 +13,8 @@ from singd.blocks import Block
 from singd.state import COUNTERS
 from singd.structures import from_recursive_layout
 from singd.torch_private import local_part
+from singd.weight_steps import MOMENTS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, which may be wider than the parameter
 Group = Mapping[str, Any]
 
 
@@ -151,7 +151,7 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
         raise ValueError(
             f"The checkpoint has structures {theirs} for layer {block.name!r}, but this optimizer has {mine}."
         )
-    rules = block.rule.name, groups.saved_rule(saved)
+    rules = block.rule.spelling, groups.saved_rule(saved)
     if rules[0] != rules[1]:
         raise ValueError(
             f"The checkpoint has the rule {rules[1]!r} for layer {block.name!r}, but this optimizer has "

@@ -388,7 +388,7 @@ def first_beta(group: Mapping[str, Any]) -> float:
 
 
 def saved_rule(group: Mapping[str, Any]) -> str:
-    """The name of the rule that a checkpoint's group was trained by."""
+    """What a checkpoint calls the rule that its group was trained by."""
     return "ikfac" if group.get("kfac_like") else group.get("rule", "singd")
 
 
@@ -396,5 +396,5 @@ def saved(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group's options as plain values for a checkpoint: names for structures and rules, no callables."""
     plain = {name: value for name, value in group.items() if not callable(value)}
     plain["structures"] = tuple(s.name for s in resolve(group["structures"]))
-    plain["rule"] = find_rule(group["rule"]).name
+    plain["rule"] = find_rule(group["rule"]).spelling
     return plain

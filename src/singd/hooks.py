@@ -24,6 +24,7 @@ from singd.processes.ddp import DDPDetector
 from singd.rules import INPUT, OUTPUT
 from singd.statistics import Statistics, gathered
 from singd.structures import StructuredMatrix
+from singd.weight_steps import Attempt
 from singd.witness import Witness
 
 
@@ -37,6 +38,7 @@ class Collector:
         grad_scaler: What scales the loss, or None.
         states: The optimizer's state by parameter.
         ddp: What ran the forwards.
+        attempt: What the step has done that runs, or that failed.
         block_of: The block of each layer.
         divided: Whether other processes keep the factors of some layers.
     """
@@ -51,7 +53,7 @@ class Collector:
         self.block_of: dict[nn.Module, Block] = {}
         self.divided = False
         self._cleared: dict[Block, Statistics] = {}
-        self._attempt: dict[Block, int] = {}
+        self.attempt = Attempt()
         self._overflowed: set[Block] = set()
         self._called: set[Block] = set()
         self._told = False
@@ -77,7 +79,7 @@ class Collector:
         """Note that a forward runs: what comes is another step than one that failed."""
         if torch_private.backward_number() == -1:  # else activation checkpointing repeats one
             self.ddp.saw_forward()
-            self._attempt = {}
+            self.attempt = Attempt()
 
     def due(self, layer: nn.Module) -> Block | None:
         """The layer's block if its factors are updated in the next step, and are here to gather with."""
@@ -157,8 +159,8 @@ class Collector:
         """Forget the statistics with the gradients (but `collect(False)` brings them back)."""
         self._cleared = self.statistics or self._cleared
         self.statistics = {}
-        self._attempt = {}
         self.ddp.clear()
+        self.attempt = Attempt()
 
     def collect(self, enabled: bool) -> None:
         """Whether backward passes add from now on; what the last `clear` took comes back where they don't."""
@@ -174,12 +176,17 @@ class Collector:
 
     def advanced(self, block: Block, step: int) -> bool:
         """Whether a block at this step has taken part already in a step that failed later, and is tried again."""
-        return self._attempt.setdefault(block, step) != step
+        return self.attempt.steps.setdefault(block, step) != step
 
-    def finish(self) -> None:
-        """A step has ended: its statistics are used up."""
-        self.clear()
-        self._cleared = {}
+    def finish(self, loss: Any) -> Any:
+        """A step has ended: its statistics are used up; the loss is passed on.
+
+        That the step has ended is noted last, and in the line that returns: an exception up to there finds a step
+        of which nothing is left to do.
+        """
+        self.statistics, self._cleared = {}, {}
+        self.ddp.clear()
+        return (vars(self).update(attempt=Attempt()), loss)[1]
 
     def miss(self, block: Block) -> None:
         """Warn once of a block that has a gradient, but no statistics."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from singd import checkpoint, fisher, groups, plan, report, scaler, torch_private, weight_steps
+from singd import checkpoint, fisher, groups, plan, report, scaler, torch_private
 from singd.advance import advance, directions, due_steps
 from singd.blocks import Block, find_blocks, find_slots, replaced_parameters, unwrapped
 from singd.hooks import Collector
@@ -20,6 +20,7 @@ from singd.precision import without_autocast
 from singd.processes import collectives, exchange
 from singd.processes.ownership import Ownership
 from singd.rules import INPUT, OUTPUT
+from singd.weight_steps import WeightSteps
 
 
 @cache
@@ -321,21 +322,20 @@ class SINGD(torch.optim.Optimizer):
                 advance(
                     block, state, lr_covs.get(block), statistics.get(block), mine, self._collector
                 )
-            of = (used, self.state, self._group_of, self._ownership, self.cache_products, rehearsal)
-            weight_steps.sgd_steps(directions(*of), self._group_of, self.state)
+            steps = WeightSteps(self._group_of, self.state, self._collector.attempt)
+            of = (used, self.state, steps, self._ownership, self.cache_products, rehearsal)
+            steps.sgd(directions(*of))
         for block in used:
             lr = block.group["lr"]
             block.last_lr = lr.clone() if isinstance(lr, Tensor) else lr
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
-                params = [p for p in group["params"] if p.grad is not None]
-                weight_steps.adamw_step(group, params, self.state)
+                steps.adamw(group)
         if rehearsal:
             checkpoint.rewind(self.state)
         else:
             self._ownership.broadcast_factors(self._blocks, used, self.state)
-        self._collector.finish()
-        return loss
+        return self._collector.finish(loss)
 
     def _check_sampled(self) -> None:
         """Warn once if curvature on sampled labels was collected and lost."""
@@ -426,6 +426,7 @@ class SINGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         grad_scaler = state.pop("grad_scaler", None)
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it to every copy
         if "_blocks" in state:  # a copy or an unpickled optimizer, not torch's load_state_dict
             self._collector = Collector(self.state, grad_scaler)
             self._index()

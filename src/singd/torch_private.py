@@ -7,7 +7,8 @@ on, in which this file has not been tried.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,6 +123,16 @@ def local_part(tensor: Tensor) -> Tensor:
 def version(tensor: Tensor) -> int:
     """How often a tensor was changed in place; zero where nobody counts (inference mode)."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def on_all(
+    name: str, tensors: Sequence[Tensor], others: Sequence[Tensor], **kw: Any
+) -> list[Callable[[], Any]]:
+    """The calls of a method on many tensors, each with another one; a single one, where a device gains by that."""
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in (*tensors, *others))
+    if plain and tensors[0].device.type != "cpu":
+        return [partial(getattr(torch, f"_foreach_{name}"), tensors, others, **kw)]
+    return [partial(getattr(t, name), o, **kw) for t, o in zip(tensors, others, strict=True)]
 
 
 def all_gather(output: Tensor, mine: Tensor, **kw: Any) -> Any:

@@ -4,15 +4,17 @@ import copy
 import functools
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
-from published import FAST
+from published import FAST, PUBLISHED
 from torch import nn
 
 from singd import SINGD
+from singd.rules import Kfac, Singd
 from singd.structures import BlockDiagonal, Dense, Diagonal
 
 F64 = torch.float64
@@ -179,6 +181,7 @@ RESUME = """
 import functools, sys, torch
 from torch import nn
 from singd import SINGD
+from singd.rules import Kfac, Singd
 from singd.structures import BlockDiagonal
 def blocks(n, k, **kw):
     return BlockDiagonal.eye(n, k=k, **kw)
@@ -212,3 +215,44 @@ def test_a_lambda_is_refused_because_nobody_could_tell_it_from_another_one():
     for make in (lambda n, **kw: Dense.eye(n, **kw), lambda n, **kw: Diagonal.eye(n, **kw)):
         with pytest.raises(ValueError, match="register_structure"):
             SINGD(mlp(), **{**FAST, "structures": (make, "dense")})
+
+
+# -- found by the net of lives ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_group_that_a_copy_was_given_is_in_a_checkpoint_that_loads(copied):
+    """torch adds an option of its own to the defaults of every copy, which our checkpoints would not know."""
+
+    def build():
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+        return model, SINGD(model, model[0].parameters(), **PUBLISHED)
+
+    model, optimizer = copied(build())
+    optimizer.add_param_group({"params": model[1].parameters()})
+    model, other = build()
+    other.add_param_group({"params": model[1].parameters()})
+    other.load_state_dict(optimizer.state_dict())
+
+
+class Slow(Singd):
+    """A user's rule with an argument that must be given."""
+
+    name = "slow"
+
+    def __init__(self, factor):
+        self.factor = factor
+
+
+@pytest.mark.parametrize(
+    ("saved", "own"),
+    [(Kfac(), Kfac(pi=False)), (Kfac(pi=False), Kfac()), ("kfac", Kfac(pi=False)), (Slow(2), Slow(3))],
+)  # fmt: skip
+def test_a_rule_with_other_options_is_another_rule(saved, own):
+    def build(rule):
+        return SINGD(mlp(), **{**FAST, "rule": rule, "structures": ("dense", "dense")})
+
+    state = build(saved).state_dict()
+    with pytest.raises(ValueError, match=r"rule '(kfac|slow).*but this optimizer has '(kfac|slow)"):
+        build(own).load_state_dict(state)
+    build(saved).load_state_dict(state)

@@ -1,6 +1,7 @@
 """A step that fails has happened or has not, layer by layer, and the optimizer goes on."""
 
 import copy
+import itertools
 import warnings
 from typing import ClassVar
 
@@ -145,6 +146,32 @@ def test_identities_that_could_not_be_made_are_made_later(fails_at):
     assert not any(torch.equal(F.dense(), torch.eye(F.n, dtype=F64)) for F in (K, C))
 
 
+@pytest.mark.parametrize("momentum_on", ["direction", "gradient"])
+def test_a_weight_that_cannot_be_moved_leaves_the_others_moved_once(momentum_on):
+    """The error comes from torch itself, in the middle of the weights."""
+
+    def ready():
+        model, _ = build()
+        optimizer = SINGD(model, **{**FAST, "momentum_on": momentum_on})
+        backward(model, optimizer, 0)
+        optimizer.step()
+        backward(model, optimizer, 1)
+        return model, optimizer
+
+    (model, optimizer), (twin, other) = ready(), ready()
+    weight = model[2].weight
+    right = weight.data
+    weight.data = torch.ones(7, 3, dtype=F64)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="size"):
+            optimizer.step()
+    weight.data = right
+    optimizer.step()
+    other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 # -- what is not finite ------------------------------------------------------------------------------
 
 
@@ -174,11 +201,12 @@ def test_a_float16_factor_never_becomes_infinite():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_one_loss_a_hundred_times_too_large_is_told_of_once_per_layer_with_the_remedy():
+def one_loss_too_large(**options):
+    """The warnings of a run with it, the model, and the largest growth of a factor's norm at each step."""
     torch.manual_seed(0)
     model = mlp()
-    optimizer = SINGD(model, **{**PUBLISHED, "T": 1, "lr_cov": 0.05})
-    told = []
+    optimizer = SINGD(model, **{**PUBLISHED, "T": 1, "lr_cov": 0.05, **options})
+    told, norms = [], []
     for step in range(200):
         x = torch.randn(32, 5)
         loss = 10 * nn.functional.cross_entropy(model(x), x.argmax(1) % 3)
@@ -189,11 +217,29 @@ def test_one_loss_a_hundred_times_too_large_is_told_of_once_per_layer_with_the_r
             warnings.simplefilter("always")
             optimizer.step()
         told += [str(w.message) for w in caught]
+        stats = optimizer.stats()
+        norms.append([line[key] for line in stats.values() for key in ("norm_K", "norm_C")])
     for name in ("0", "2", "4"):
         assert all(F.dense().isfinite().all() for F in optimizer.factors(name))
+    growth = [
+        max(new / old for old, new in zip(*pair, strict=True)) for pair in itertools.pairwise(norms)
+    ]
+    return told, model, growth
+
+
+def test_one_loss_a_hundred_times_too_large_is_told_of_once_per_layer_with_the_remedy():
+    told, _, growth = one_loss_too_large()
     assert any("layer '" in message for message in told)
     assert all("lr_cov" in message for message in told)  # the remedy
     assert len(told) == len(set(told)) <= 3
+    assert growth[19] > 10 > growth[18]  # what `stats` shows where nothing warns
+
+
+def test_the_remedy_for_a_loss_that_is_too_large():
+    told, model, growth = one_loss_too_large(normalize_lr_cov="spectral")
+    assert not told
+    assert max(growth) < 2
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # -- several processes -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -196,3 +197,30 @@ def test_the_update_ratio_is_that_of_the_step_that_was_taken():
     after = model.second.weight.data
     measured = float((after - before).norm() / after.norm())
     assert optimizer.stats()["second"]["update_ratio"] == pytest.approx(measured, rel=1e-9)
+
+
+@pytest.mark.parametrize("match_rms", [None, 0.2])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum_on", ["direction", "gradient"])
+def test_the_update_ratio_with_any_momentum(
+    momentum_on, nesterov, momentum, weight_decay, match_rms
+):
+    options = dict(
+        momentum_on=momentum_on, nesterov=nesterov, momentum=momentum, weight_decay=weight_decay,
+        match_rms=match_rms,
+    )  # fmt: skip
+    model = mixed()
+    optimizer = SINGD(model, **{**FAST, **options})
+    for _ in range(3):
+        before = copy.deepcopy(model.first)
+        run(model, optimizer)
+    pairs = list(zip(model.first.parameters(), before.parameters(), strict=True))
+    pairs = [(p.detach(), q.detach()) for p, q in pairs]
+    step = torch.cat([(p - q).flatten() for p, q in pairs]).norm()
+    ratio = float(step / torch.cat([p.flatten() for p, _ in pairs]).norm())
+    assert optimizer.stats()["first"]["update_ratio"] == pytest.approx(ratio, rel=1e-9)
+    optimizer.zero_grad()
+    known = momentum_on == "direction" and momentum and not nesterov
+    assert math.isnan(optimizer.stats()["first"]["update_ratio"]) != known

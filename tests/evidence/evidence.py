@@ -3,9 +3,13 @@
 python tests/evidence/evidence.py                    (hours; writes docs/_data/evidence.json)
 python tests/evidence/evidence.py --quick            (tiny networks, under two minutes: does it all run?)
 python tests/evidence/evidence.py --tasks CNN --methods AdamW,SGD --steps 2000
+python tests/evidence/evidence.py --ablations --tasks CNN,autoencoder      (what of it pays?)
+python tests/evidence/evidence.py --batch-sizes --methods AdamW,SINGD,Muon (one task, several batch sizes)
 
 Per task and method the learning rate is searched on half decades, from one that is known to be good, until the
-best has worse neighbours on both sides; the best is the one with the lowest *validation* measure at the end.
+best has worse neighbours on both sides, and then a quarter of a decade to both sides of it, because an optimum
+between two rates costs as much as a worse method. The best is the one with the lowest *validation* measure at the
+end.
 At that rate more seeds follow, and at the method's default rate one run. Every run is a file in build/evidence,
 and a run that is there is not made again; runs that the results hold already are kept.
 """
@@ -26,15 +30,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from methods import METHODS, Method, half_decade
-from tasks import TASKS, Task
+from methods import ABLATIONS, METHODS, Method, half_decade, quarters
+from tasks import BATCH_TASKS, TASKS, Task
 from trial import Run, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "_data" / "evidence.json"
 START = time.monotonic()
 REFERENCE = "AdamW"  # whose tuned final value is the target
-MOST_RATES = 7
+STEPS = 400
+MOST_RATES = 7  # half decades
 
 
 def show(text: str, end: str = "\n") -> None:
@@ -65,14 +70,26 @@ class Runs:
             self.known[run.key] = run
         return self.known[run.key]
 
+    def best_rate(self, task: str, method: str) -> float | None:
+        """The best rate in runs of the usual length, if there are any: searches for other lengths begin there."""
+        mine = [
+            run
+            for run in self.known.values()
+            if (run.task, run.method, run.steps) == (task, method, STEPS)
+        ]
+        return min(mine, key=compared).lr if mine else None
+
 
 def compared(run: Run) -> float:
     """What rates are compared by: the validation measure at the end, infinite where there is none."""
     return run.final.get("validation", math.inf)
 
 
-def tune(first: float, work: Callable[[float], Run], most: int = MOST_RATES) -> Run:
-    """The best run over half decades around ``first``: a walk down until both neighbours are worse."""
+def tune(
+    first: float, work: Callable[[float], Run], most: int = MOST_RATES, fine: bool = True
+) -> Run:
+    """The best run over half decades around ``first``, a walk down until both neighbours are worse, and then (if
+    ``fine``) over the quarters of a decade beside that one."""
     runs: dict[float, Run] = {}
 
     def at(lr: float) -> float:
@@ -90,7 +107,9 @@ def tune(first: float, work: Callable[[float], Run], most: int = MOST_RATES) -> 
         # one that diverged, or a lower one that is better already, says where not to look
         at(missing[0])
         best = min(runs, key=lambda lr: (at(lr), lr))
-    return runs[best]
+    for lr in quarters(best) if fine else ():
+        at(lr)
+    return runs[min(runs, key=lambda lr: (at(lr), lr))]
 
 
 def compare(
@@ -103,6 +122,7 @@ def compare(
     seeds: int,
     rates: int,
     default: bool,
+    fine: bool,
 ) -> None:
     """All runs of one method on one task."""
 
@@ -119,7 +139,10 @@ def compare(
 
         return runs.made(Run(task.name, name, steps, lr, seed), made)
 
-    best = tune(method.at.get(task.name, method.near), work, rates)
+    near = method.at.get(task.name, method.near)
+    if steps != STEPS:
+        near = runs.best_rate(task.name, name) or near
+    best = tune(near, work, rates, fine)
     for seed in range(1, seeds):
         work(best.lr, seed)
     if default and method.default is not None:
@@ -212,7 +235,10 @@ def results(runs: Runs) -> dict[str, Any]:
         if won[run.task, run.steps, run.method] != run.lr:
             entry |= {"step": [], "at": [], "curves": {s: [] for s in run.curves}}
         kept.append(entry)
-    tasks = {name: TASKS[name](False) for name in sorted({run.task for run in runs.known.values()})}
+    tasks = {
+        name: {**TASKS, **BATCH_TASKS}[name](False)
+        for name in sorted({run.task for run in runs.known.values()})
+    }
     return {
         "machine": machine(),
         "tasks": {name: {"says": task.says, "unit": task.unit} for name, task in tasks.items()},
@@ -295,27 +321,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny networks, 10 steps, 2 rates")
     parser.add_argument("--tasks", default="", help="only these, with commas (or ; ) between")
     parser.add_argument("--methods", default="", help="only these, with commas (or ; ) between")
-    parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
+    parser.add_argument(
+        "--ablations", action="store_true", help="SINGD with one thing changed in each method"
+    )
+    parser.add_argument("--batch-sizes", action="store_true", help="one task, several batch sizes")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run (default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=4, help="at the best rate (default: 4)")
     parser.add_argument(
         "--rates", type=int, default=MOST_RATES, help="at most so many (default: 7)"
     )
+    parser.add_argument("--coarse", action="store_true", help="half decades only")
     parser.add_argument("--no-default", action="store_true", help="no run at the default rate")
     parser.add_argument("--also", type=pathlib.Path, help="a Python file with more METHODS")
     parser.add_argument("--folder", type=pathlib.Path, help="of the runs (default: build/evidence)")
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
-    methods = {**METHODS, **(more_methods(args.also) if args.also else {})}
+    methods = ABLATIONS if args.ablations else METHODS
+    methods = {**methods, **(more_methods(args.also) if args.also else {})}
+    tasks = BATCH_TASKS if args.batch_sizes else TASKS
     if args.quick:
-        args.steps, args.seeds, args.rates = 10, 1, 2
+        args.steps, args.seeds, args.rates, args.coarse = 10, 1, 2, True
     folder = args.folder or ROOT / "build" / ("evidence-quick" if args.quick else "evidence")
-    args.results = args.results or (folder.with_suffix(".json") if args.quick else RESULTS)
+    kind = "_ablations" * args.ablations or "_batch" * args.batch_sizes
+    committed = RESULTS.with_stem(RESULTS.stem + kind)
+    args.results = args.results or (folder.with_suffix(".json") if args.quick else committed)
     before = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
     runs = Runs(folder, before)
     names = chosen(args.methods, methods, "method")
-    for title in chosen(args.tasks, TASKS, "task"):
-        task = TASKS[title](args.quick)
+    for title in chosen(args.tasks, tasks, "task"):
+        task = tasks[title](args.quick)
         for name in names:
             compare(
                 *(task, name, methods[name], runs),
@@ -323,6 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
                 seeds=args.seeds,
                 rates=args.rates,
                 default=not args.no_default,
+                fine=not args.coarse,
             )
             write(runs, args.results)
     print(table(write(runs, args.results)))

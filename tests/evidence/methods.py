@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from singd import PUBLISHED, SINGD
+from singd import PUBLISHED, SINGD, StructuredMatrix
+from singd.structures import static
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 from contenders import published_singd
@@ -117,6 +118,8 @@ def both(structure: str) -> dict[str, Any]:
     return {"structures": (structure, structure)}
 
 
+SMALL = {f"batch {size}": 1e-2 for size in (32, 128, 512, 2048)}
+
 METHODS: dict[str, Method] = {
     "SGD": Method(
         lambda m, lr, _: SGD(m.parameters(), lr=lr, momentum=0.9),
@@ -139,14 +142,73 @@ METHODS: dict[str, Method] = {
     "SINGD 0.1, diagonal": Method(
         singd(**PUBLISHED | both("diagonal")), 1e-2, {"autoencoder": 1e-3}, 1e-3
     ),
-    "SINGD": Method(singd(), 3e-3, {"regression": 3e-1}, 1e-3),
-    "SINGD, dense": Method(singd(**both("dense")), 3e-3, {"regression": 3e-1}, 1e-3),
+    "SINGD": Method(singd(), 3e-3, {"regression": 3e-1, **SMALL}, 1e-3),
+    # dense factors of wide layers know more directions than a small batch has rows: more damping
+    "SINGD, dense": Method(
+        singd(**both("dense"), damping=0.1), 3e-3, {"regression": 1.0, **SMALL}, 1e-3
+    ),
     "SINGD, diagonal": Method(singd(**both("diagonal")), 3e-3, {"regression": 3e-1}, 1e-3),
-    "SINGD, match_rms 0.2": Method(singd(match_rms=0.2), 1e-2, {"regression": 1.0}),
 }
+
+
+@dataclass(eq=False, repr=False)
+class ScaledIdentity(StructuredMatrix):
+    """One number times the identity: a factor that has a size, and sees no direction."""
+
+    s: Tensor  # [1]
+    size: int = static()
+
+    @classmethod
+    def eye(cls, n: int, **kw: Any) -> ScaledIdentity:
+        return cls(torch.ones(1, **kw), n)
+
+    @property
+    def n(self) -> int:
+        return self.size
+
+    def mm(self, X: Tensor) -> Tensor:
+        return self.s * X
+
+    tmm = mm
+
+    def compose(self, other: ScaledIdentity) -> ScaledIdentity:
+        return ScaledIdentity(self.s * other.s, self.size)
+
+    def project(self, Y: Tensor) -> ScaledIdentity:
+        return ScaledIdentity(Y.square().sum().reshape(1) / self.size, self.size)
+
+    def trace(self) -> Tensor:
+        return self.s[0].float() * self.size
 
 
 def half_decade(lr: float, steps: int = 0) -> float:
     """The number 1 or 3 times a power of ten that is nearest to ``lr``, and then some half decades on."""
     k = round(2 * math.log10(lr)) + steps
     return float(f"{(1 if k % 2 == 0 else 3)}e{k // 2}")
+
+
+def quarters(lr: float) -> tuple[float, float]:
+    """The rates a quarter of a decade below and above ``lr``, in two digits."""
+    return float(f"{lr / 10**0.25:.1e}"), float(f"{lr * 10**0.25:.1e}")
+
+
+def without(name: str, **settings: Any) -> tuple[str, Method]:
+    """The defaults with one thing changed."""
+    return name, Method(singd(**settings), 3e-3, SMALL)
+
+
+# one thing of the defaults changed in each, beside the defaults and AdamW: run with --ablations
+ABLATIONS: dict[str, Method] = {name: METHODS[name] for name in ("AdamW", "SINGD")} | dict(
+    (
+        without("scale only", structures=(ScaledIdentity, ScaledIdentity)),
+        without("diagonal", **both("diagonal")),
+        without("inputs only", structures=("block64diagonal", ScaledIdentity)),
+        without("outputs only", structures=(ScaledIdentity, "diagonal")),
+        without("outputs only, dense", structures=(ScaledIdentity, "dense")),
+        without("no matched size", match_rms=None),
+        without("published", **PUBLISHED),
+        without("momentum after", momentum_on="direction"),
+        without("absolute damping", relative_damping=False),
+        without("T = 10", T=10),
+    )
+)

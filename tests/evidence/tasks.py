@@ -37,6 +37,7 @@ class Task:
         held: For each split the samples that it is measured on. All are the same where nothing can be
             overfitted.
         options: What SINGD has to be told of the loss: ``loss_average``, ``kfac_approx``.
+        measures: How often is measured during a run.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Task:
     measure: Callable[[nn.Module, Batch], Tensor]
     held: dict[str, Batch]
     options: dict[str, Any] = field(default_factory=dict)
+    measures: int = 20
 
     @torch.no_grad()
     def measured(self, model: nn.Module) -> dict[str, float]:
@@ -167,6 +169,25 @@ def curves_autoencoder(small: bool) -> Task:
         _pixels,
         _squared,
         held,
+    )
+
+
+def batch_size(size: int, small: bool) -> Task:
+    """A small autoencoder of images of 14 x 14, which trains fast enough for batches of thousands."""
+    x, _ = mnist()
+    x = F.avg_pool2d(x.view(-1, 1, 28, 28), 2).flatten(1)
+    widths = (196, 20, 8) if small else (196, 100, 50, 20)
+    samples, held = parts(x, train=4000, held=50 if small else 1000)
+    return Task(
+        f"batch {size}",
+        f"{'-'.join(map(str, widths))} and back, tanh; 4,000 MNIST images of 14 x 14, batch {size:,}",
+        "squared error of an image",
+        lambda: _autoencoder(widths),
+        drawn(samples, size),
+        _pixels,
+        _squared,
+        held,
+        measures=80,
     )
 
 
@@ -369,4 +390,11 @@ TASKS: dict[str, Callable[[bool], Task]] = {
     "transformer": transformer,
     "regression": regression,
     "curves": curves_autoencoder,
+}
+
+BATCH_SIZES = (32, 128, 512, 2048)
+
+# one task in several sizes of the batch: run when asked for by name
+BATCH_TASKS: dict[str, Callable[[bool], Task]] = {
+    f"batch {size}": functools.partial(batch_size, size) for size in BATCH_SIZES
 }

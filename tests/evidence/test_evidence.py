@@ -7,8 +7,8 @@ import pathlib
 import evidence
 import pytest
 import torch
-from methods import METHODS, PEERS, half_decade
-from tasks import SPLITS, TASKS, curves
+from methods import ABLATIONS, METHODS, PEERS, ScaledIdentity, half_decade
+from tasks import BATCH_TASKS, SPLITS, TASKS, curves
 from trial import Run, share, train
 
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "_data" / "evidence.json"
@@ -31,6 +31,35 @@ def test_every_task_trains_and_measures_splits_of_its_own(name):
     assert run.curves["train"][-1] < run.curves["train"][0]
     held = [id(task.held[s]) for s in SPLITS]
     assert len(set(held)) == (1 if name == "regression" else 3)
+
+
+@pytest.mark.parametrize("name", BATCH_TASKS)
+def test_tasks_of_several_batch_sizes_draw_as_many(name):
+    task = BATCH_TASKS[name](True)
+    (x,) = next(task.batches(0))
+    assert len(x) == int(name.removeprefix("batch "))
+    run = train(task, METHODS["SINGD"].make, Run(name, "SINGD", 4, 1e-2, 0))
+    assert run.step == [0, 1, 2, 3, 4]
+    assert run.final["train"] < run.curves["train"][0]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_trains(name):
+    task = BATCH_TASKS["batch 32"](True)
+    run = train(task, ABLATIONS[name].make, Run(task.name, name, 10, 1e-3, 0), measures=1)
+    assert run.final["train"] < run.curves["train"][0]
+
+
+def test_a_scaled_identity_obeys_the_laws_of_structures():
+    eye = ScaledIdentity.eye(5, dtype=torch.float64)
+    A, B = eye * 2.0, eye * -3.0
+    Y = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal((A @ B).dense(), -6.0 * torch.eye(5, dtype=torch.float64))
+    assert torch.allclose(A.mm(Y), A.dense() @ Y) and A.trace() == 10
+    # 1/2 P(N) = argmin over s of the Frobenius norm of 2 s I - N, so P(N) = tr(N) / n I
+    N = Y @ Y.T
+    assert torch.allclose(eye.project(Y).dense(), N.trace() / 5 * torch.eye(5).double())
+    assert torch.allclose(A.gram().dense(), 4 * torch.eye(5).double())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -78,7 +107,23 @@ def test_the_search_ends_between_worse_neighbours(first):
         return Run("", "", 0, lr, 0, final={} if lr > 0.5 else {"validation": worse})
 
     assert evidence.tune(first, work, 9).lr == 0.03
-    assert {0.01, 0.03, 0.1} <= set(tried) and len(tried) == len(set(tried)) <= 8
+    assert {0.01, 0.03, 0.1} <= set(tried) and len(tried) == len(set(tried)) <= 10
+
+
+def test_an_optimum_between_two_rates_is_found():
+    def work(lr):
+        return Run("", "", 0, lr, 0, final={"validation": abs(math.log10(lr / 0.018))})
+
+    assert evidence.tune(0.03, work, 9).lr == pytest.approx(0.018, rel=0.1)
+    assert evidence.tune(0.03, work, 9, fine=False).lr in (0.01, 0.03)
+
+
+def test_a_search_begins_where_one_of_the_usual_length_ended(tmp_path):
+    known = [
+        Run("t", "m", 400, lr, 0, final={"validation": v}) for lr, v in ((0.1, 2.0), (0.3, 1.0))
+    ]
+    runs = evidence.Runs(tmp_path, [run.as_dict() for run in known])
+    assert runs.best_rate("t", "m") == 0.3 and runs.best_rate("t", "other") is None
 
 
 def test_the_search_stops_after_the_most_rates():
@@ -86,7 +131,7 @@ def test_the_search_stops_after_the_most_rates():
     evidence.tune(
         1e-5, lambda lr: tried.append(lr) or Run("", "", 0, lr, 0, final={"validation": -lr}), 4
     )
-    assert len(tried) == 4
+    assert len(tried) == 4 + 2  # and two beside the best
 
 
 def made(method, lr, seed, values, seconds=1.0):
@@ -154,11 +199,13 @@ def test_curves_are_curves():
     assert (x.mean(1) > 0.01).all() and (x.mean(1) < 0.3).all()
 
 
-def test_the_committed_results_are_those_of_these_tasks():
-    found = json.loads(RESULTS.read_text())
-    assert {row["task"] for row in found["summary"]} <= set(TASKS)
+@pytest.mark.parametrize("kind", ["", "_ablations", "_batch"])
+def test_the_committed_results_are_those_of_these_tasks(kind):
+    found = json.loads(RESULTS.with_stem(RESULTS.stem + kind).read_text())
+    tasks = TASKS | BATCH_TASKS
+    assert {row["task"] for row in found["summary"]} <= set(tasks)
     for name, told in found["tasks"].items():
-        task = TASKS[name](False)
+        task = tasks[name](False)
         assert told == {"says": task.says, "unit": task.unit}
     for row in found["summary"]:
         assert row["method"] != "AdamW" or row["diverged"] == 0

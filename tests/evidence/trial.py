@@ -56,14 +56,14 @@ def train(
     task: Task,
     make: Callable[[nn.Module, float, dict[str, Any]], Any],
     run: Run,
-    measures: int = 20,
+    measures: int | None = None,
     show: Callable[[int], None] = lambda step: None,
 ) -> Run:
     """Train, and fill in what was measured. A run whose loss is not finite any more ends at once."""
     torch.manual_seed(run.seed)
     model = task.model()
     batches = task.batches(run.seed + 1)
-    every = max(1, run.steps // measures)
+    every = max(1, run.steps // (measures or task.measures))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers warn of their slow routes
         made = make(model, run.lr, task.options)

@@ -1,9 +1,11 @@
 """Runs the nets at length, and writes what they tried into the page "What is tested, and what is not".
 
-Usage: figures.py EXAMPLES [SEED]
+Usage: figures.py EXAMPLES [SEED [NET ...]]
 
-Nothing is written where anything failed: hypothesis prints the smallest failing example and how to repeat it.
-Mend what it found, and keep the example as a test.
+A net is a file, such as life for `test_life.py`; without names, all are run. What each has tried is kept under
+`build/nets`, so that a run that was stopped, or one that found something, goes on where it was with the same seed.
+The page is written once there are figures of all nets. Of a net that failed there are none: hypothesis prints the
+smallest failing example and how to repeat it. Mend what it found, and keep the example as a test.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ NETS = {
     "lives of a model": "up to twelve events in the life of a random model: training, clipping, evaluation, "
     "freezing, new groups and options, copies, checkpoints, exceptions (in `make fuzz` also `torch.compile`)",
     "lives of a model, until they diverged": "of these, those whose numbers passed 10,000; compared until then",
-    "interruptions of step": "an exception at a line of `step` (`make test`: each 31st, `make fuzz`: each)",
+    "interruptions of step": "an exception at a line of `step`, torch's SGD and AdamW included (each 31st that "
+    "runs; in `make fuzz` also each line of code, where it first and last runs)",
     "interruptions of backward": "the same in the hooks",
     "interruptions of load_state_dict": "the same in `load_state_dict`",
     "kills and resumptions": "a process killed at a random moment while it trains and saves, and resumed",
@@ -51,30 +54,33 @@ def with_table(page: str, figures: dict) -> str:
     return before + BEGIN + table(figures) + END + rest.split(END)[1]
 
 
-def run(examples: int, seed: int) -> dict:
-    """Run all nets; their figures."""
-    print(f"{examples} examples, seed {seed}", flush=True)
+FILES = ("life", "random_layers", "faults", "kills", "memory", "mutations")
+
+
+def run(net: str, examples: int, seed: int, into: Path) -> bool:
+    """Run a net, and keep what it has tried if nothing failed; whether so."""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "tried.jsonl"
-        here = Path(__file__).parent
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(here),
-            f"--ignore={here / 'test_figures.py'}",
-        ]
+        counts = Path(directory) / "tried.jsonl"
+        command = [sys.executable, "-m", "pytest", str(Path(__file__).parent / f"test_{net}.py")]
         status = subprocess.run(
             [*command, f"--hypothesis-seed={seed}", "-p", "no:cacheprovider"],
-            env={**os.environ, "SINGD_EXAMPLES": str(examples), "SINGD_FIGURES": str(path)},
+            env={**os.environ, "SINGD_EXAMPLES": str(examples), "SINGD_FIGURES": str(counts)},
             cwd=ROOT,
         ).returncode
-        if status:
-            raise SystemExit(f"The nets caught something with seed {seed}; no figures are written.")
-        tried: Counter[str] = Counter(dict.fromkeys(NETS, 0))
-        for line in path.read_text().splitlines():
-            net, number = json.loads(line)
-            tried[net] += number
+        if status == 0:
+            tried: Counter[str] = Counter()
+            for line in counts.read_text().splitlines():
+                name, number = json.loads(line)
+                tried[name] += number
+            into.write_text(json.dumps(tried))
+    return status == 0
+
+
+def together(parts: list[dict], examples: int, seed: int) -> dict:
+    """The figures of all nets."""
+    tried: Counter[str] = Counter(dict.fromkeys(NETS, 0))
+    for part in parts:
+        tried.update(part)
     tried["lives of a model"] += tried["lives of a model, until they diverged"]
     return {"tried": dict(tried), "failed": 0, "examples": examples, "seed": seed}
 
@@ -82,7 +88,17 @@ def run(examples: int, seed: int) -> dict:
 if __name__ == "__main__":
     examples = int(sys.argv[1])
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(2**32)
-    figures = run(examples, seed)
+    kept = ROOT / "build" / "nets" / f"{examples}-{seed}"
+    kept.mkdir(parents=True, exist_ok=True)
+    print(f"{examples} examples, seed {seed}", flush=True)
+    paths = {net: kept / f"{net}.json" for net in FILES}
+    for net in sys.argv[3:] or FILES:
+        if not paths[net].exists() and not run(net, examples, seed, paths[net]):
+            print(f"The net {net!r} caught something with seed {seed}.", flush=True)
+    missing = [net for net, path in paths.items() if not path.exists()]
+    if missing:
+        raise SystemExit(f"No page is written: there are no figures of {', '.join(missing)} yet.")
+    figures = together([json.loads(p.read_text()) for p in paths.values()], examples, seed)
     DATA.write_text(json.dumps(figures, indent=1) + "\n")
     PAGE.write_text(with_table(PAGE.read_text(), figures))
     print(table(figures))

@@ -6,26 +6,28 @@ import io
 import pytest
 import torch
 from counting import FUZZ, tried
-from interrupting import interrupted
+from interrupting import interrupted, places
 from published import FAST
 from torch import nn
 
 from singd import SINGD
 
 F64 = torch.float64
-EVERY = 1 if FUZZ else 31
-"""In the tests every so many lines are interrupted; `make fuzz` does it at each."""
+EVERY = 31
+"""One line in so many is interrupted; in `make fuzz` also each line of code, where it first and last runs."""
 
 LAYERS = ("0", "3", "5")
 
 
-def build():
+def build(**options):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(2, 3, 2), nn.Flatten(), nn.LayerNorm(9), nn.Linear(9, 4, bias=False), nn.Tanh(),
         nn.Linear(4, 3),
     ).to(F64)  # fmt: skip
-    return model, SINGD(model, **{**FAST, "T": 2, "structures": ("block2diagonal", "dense")})
+    return model, SINGD(
+        model, **{**FAST, "T": 2, "structures": ("block2diagonal", "dense"), **options}
+    )
 
 
 def backward(model, step):
@@ -54,15 +56,27 @@ def parts(model, optimizer):
     return found
 
 
+def moved(model, optimizer):
+    """Each parameter with what is kept of its steps, as one comparable value per parameter."""
+    found = {}
+    for name, p in model.named_parameters():
+        state = optimizer.state.get(p, {})
+        kept = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        found[name] = {"p": p.detach().clone(), **{k: state[k].clone() for k in kept if k in state}}
+        if "exp_avg" in state:
+            found[name]["step"] = state["step"].clone()
+    return found
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(
         torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a
     )
 
 
-def ready(steps):
+def ready(steps, **options):
     """A model and its optimizer after some steps; gradients of the next one are there."""
-    model, optimizer = build()
+    model, optimizer = build(**options)
     train(model, optimizer, range(steps))
     optimizer.zero_grad()
     return model, optimizer
@@ -77,18 +91,22 @@ def through_a_file(value):
 
 def lines(call_of, start=0):
     """Interrupt a call at every line that is tried: yields what was copied for it, after the interruption."""
-    at = start
-    while True:
+    for _ in range(2):  # what is kept for all, such as resolved names, is not to shift the lines
         case, call = call_of()
-        if not interrupted(call, at):
-            return
+        run = places(call)
+    chosen = set(range(start, len(run), EVERY))
+    if FUZZ:
+        chosen |= {place: i for i, place in enumerate(run)}.values()
+        chosen |= {place: i for i, place in reversed(list(enumerate(run)))}.values()
+    for at in sorted(chosen):
+        case, call = call_of()
+        assert interrupted(call, at)
         yield at, case
-        at += EVERY
 
 
-def assert_goes_on(model, optimizer, steps=(7, 8, 9)):
+def assert_goes_on(model, optimizer, steps=(7, 8, 9), **options):
     saved = through_a_file(optimizer.state_dict())
-    other, fresh = build()
+    other, fresh = build(**options)
     other.load_state_dict(model.state_dict())
     fresh.load_state_dict(saved)
     for m, o in ((model, optimizer), (other, fresh)):
@@ -98,9 +116,15 @@ def assert_goes_on(model, optimizer, steps=(7, 8, 9)):
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])  # an update with no state yet, no update, an update
-def test_step(steps):
-    base = ready(steps)
+# an update with no state yet, no update, an update
+CASES = [(0, "gradient"), (1, "direction"), (1, "gradient"), (2, "direction")]
+MORE = [(0, "direction"), (2, "gradient")] if FUZZ else []
+
+
+@pytest.mark.parametrize(("steps", "momentum_on"), CASES + MORE)
+def test_step(steps, momentum_on):
+    own = dict(momentum_on=momentum_on, nesterov=True, weight_decay=0.01)
+    base = ready(steps, **own)
 
     def with_gradients():
         model, optimizer = copy.deepcopy(base)
@@ -108,9 +132,10 @@ def test_step(steps):
         return model, optimizer
 
     model, optimizer = with_gradients()
-    before = parts(model, optimizer)
+    looks = (parts, moved)
+    before = [look(model, optimizer) for look in looks]
     optimizer.step()
-    after = parts(model, optimizer)
+    after = [look(model, optimizer) for look in looks]
 
     def case():
         pair = with_gradients()
@@ -119,16 +144,19 @@ def test_step(steps):
     count = 0
     for at, (model, optimizer) in lines(case, start=steps):
         count += 1
-        now = parts(model, optimizer)
-        for name in LAYERS:
-            assert same(now[name], before[name]) or same(now[name], after[name]), (at, name)
+        now = [look(model, optimizer) for look in looks]
+        for old, current, new in zip(before, now, after, strict=True):
+            for name in current:
+                undone, done = same(current[name], old[name]), same(current[name], new[name])
+                assert undone or done, (at, name)
         if (
             count % 2
         ):  # the same gradients once more: what was left undone is done, and nothing twice
             optimizer.step()
-            done = parts(model, optimizer)
-            assert all(same(done[name], after[name]) for name in LAYERS), at
-        assert_goes_on(model, optimizer)
+            for look, new in zip(looks, after, strict=True):
+                again = look(model, optimizer)
+                assert all(same(again[name], new[name]) for name in new), at
+        assert_goes_on(model, optimizer, **own)
     assert count > 10
     tried("interruptions of step", count)
 

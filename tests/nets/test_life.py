@@ -56,8 +56,12 @@ def models(draw):
     return nn.Sequential(*parts, nn.Linear(width, 3, draw(st.booleans()))).to(F64)
 
 
-# a run that diverges is compared until it does
-pytestmark = pytest.mark.filterwarnings("ignore:The factors of layer")
+pytestmark = [
+    # a run that diverges is compared until it does
+    pytest.mark.filterwarnings("ignore:The factors of layer"),
+    # torch's own, inside of torch.compile after any graph break
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 class Boom(Exception):

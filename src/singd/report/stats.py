@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from singd.blocks import Block, whole
 from singd.checkpoint import state_bytes
@@ -33,8 +34,8 @@ def stats(
 
         - ``norm_K``, ...: Frobenius norms of what the rule keeps.
         - ``trace_K``, ...: average traces.
-        - ``update_ratio``: size of the last update (lr times momentum) over the weight's; nan with no
-          momentum buffer.
+        - ``update_ratio``: size of the last step, weight decay included, over the weight's; nan where it needs
+          gradients that are cleared already (all but that of plain ``momentum_on="direction"`` does).
         - ``cosine``: between gradient and natural gradient; nan when the gradient is cleared already.
         - ``age``: steps since the factors were last updated.
         - ``state_bytes``: those of this rank.
@@ -51,7 +52,7 @@ def stats(
                 for key, A in factors.items()
                 for what, value in (("norm", A.norm()), ("trace", A.average_trace()))
             },
-            "update_ratio": _update_ratio(block, states, group_of),
+            "update_ratio": _update_ratio(block, states, group_of, factors),
             "cosine": _cosine(block, factors),
             "age": age if state["last_update"] >= 0 else math.inf,
             "state_bytes": sum(state_bytes(states[p]) for p in block.params if p in states),
@@ -59,21 +60,54 @@ def stats(
     return result
 
 
-def _update_ratio(block: Block, states: States, group_of: Mapping[Any, Mapping[str, Any]]) -> float:
-    buffers: list[Any] = [states.get(p, {}).get("momentum_buffer") for p in block.params]
-    if any(buffer is None for buffer in buffers):
+def _update_ratio(
+    block: Block,
+    states: States,
+    group_of: Mapping[Any, Mapping[str, Any]],
+    factors: dict[str, Any],
+) -> float:
+    """The step was -lr (d + decay W) with the weight W before it, and d is known again from what is kept."""
+    options, steps, weights = block.group, [], []
+    alpha_2, nesterov = options["momentum"], options["nesterov"]
+    after = options["momentum_on"] == "direction" and alpha_2 != 0
+    grads: list[Any] = [None if p.grad is None else whole(p.grad) for p in block.params]
+    kept = [states.get(p, {}).get("momentum_buffer") for p in block.params]
+    M: list[Any] = [None if buffer is None else whole(buffer) for buffer in kept]
+    alone = after and not nesterov  # what is kept is the step itself, the decay included
+    if any(t is None for t in (*(M if alpha_2 else ()), *(() if alone else grads))):
         return math.nan
-    # (a schedule sets the next lr)
-    lrs = (group_of[p]["lr"] if block.last_lr is None else block.last_lr for p in block.params)
-    updates = [float(lr) * float(whole(b).norm()) for lr, b in zip(lrs, buffers, strict=True)]
-    weights = [float(whole(p).norm()) for p in block.params]
-    return math.hypot(*updates) / max(math.hypot(*weights), 1e-300)
+    d = M
+    if not alone:
+        d = [g if after or not alpha_2 else m for g, m in zip(grads, M, strict=True)]
+        if nesterov and alpha_2 and not after:
+            d = [torch.lerp(g, m.to(g.dtype), alpha_2) for g, m in zip(grads, M, strict=True)]
+        N = _natural(block, factors, block.gradient(dict(zip(block.params, d, strict=True))))
+        d = list(block.kind.from_matrix(block.modules[0], N, block.bias is not None))
+        if options["match_rms"] is not None:
+            d = [
+                t * (options["match_rms"] * t.numel() ** 0.5 / max(float(t.norm()), 1e-300))
+                for t in d
+                if t is not None
+            ]
+        d = [x + alpha_2 * m if after else x for x, m in zip(d, M, strict=False)]
+    for p, move in zip(block.params, d, strict=False):
+        group, W = group_of[p], whole(p).detach().double()
+        seen = group is options and block.last_lr is not None  # (a schedule sets the next one)
+        lr = float(block.last_lr if seen else group["lr"])
+        decay = 0.0 if alone else group["weight_decay"]
+        before = (W + lr * move) / (1 - lr * decay)
+        steps.append(float((before - W).norm()))
+        weights.append(float(W.norm()))
+    return math.hypot(*steps) / max(math.hypot(*weights), 1e-300)
+
+
+def _natural(block: Block, factors: dict[str, Any], dW: Tensor) -> Tensor:
+    return block.rule.direction(block.rule.prepare(factors, keep=False), dW).double()
 
 
 def _cosine(block: Block, factors: dict[str, Any]) -> float:
     if any(p.grad is None for p in block.params):
         return math.nan
     dW = block.gradient()
-    N = block.rule.direction(block.rule.prepare(factors, keep=False), dW).double()
-    dW = dW.double()
+    N, dW = _natural(block, factors, dW), dW.double()
     return float((dW * N).sum() / (dW.norm() * N.norm()).clamp(min=1e-300))

@@ -6,11 +6,13 @@ stored, how they come into checkpoints, and what processes exchange follows from
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor
 
 from singd.rows import Rows
@@ -58,6 +60,18 @@ class Rule(ABC):
 
     needs_rows: ClassVar[bool] = True
     """Whether it looks at inputs and output gradients; else at the gradient alone, and no layer is hooked."""
+
+    @property
+    def spelling(self) -> str:
+        """What checkpoints call it: its name, and what arguments of its class are not as by default.
+
+        An argument is seen if the object keeps it under its own name and it is a plain value.
+        """
+        usual = {n: p.default for n, p in inspect.signature(type(self)).parameters.items()}
+        plain = (bool, int, float, str, torch.dtype)
+        own = {n: v for n, v in vars(self).items() if n in usual and isinstance(v, plain)}
+        said = ", ".join(f"{n}={v!r}" for n, v in sorted(own.items()) if v != usual[n])
+        return f"{self.name}({said})" if said else self.name
 
     def kept(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """What of ``keeps`` these options need; what is not kept, ``update`` finds as zero."""
