@@ -135,6 +135,10 @@ def on_all(
     return [partial(getattr(t, name), o, **kw) for t, o in zip(tensors, others, strict=True)]
 
 
+fused_adamw: Callable[..., None] | None = getattr(torch, "_fused_adamw_", None)
+"""AdamW's step on lists of tensors in place, in one call; None where torch has no such kernel."""
+
+
 def all_gather(output: Tensor, mine: Tensor, **kw: Any) -> Any:
     """``all_gather_single``, as it is called since torch 2.13, or ``all_gather_into_tensor`` before."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

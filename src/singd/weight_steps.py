@@ -197,29 +197,22 @@ class WeightSteps:
             self._adamw(group, [p for p, _ in pairs], [g for _, g in pairs])
 
     def _adamw(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> None:
-        new = [_moments(p, self.states[p]) for p in params]
+        tensors = [*params, *grads, *(self.states[p].get(n, p) for p in params for n in MOMENTS)]
+        at_once = torch_private.fused_adamw if _one_pass(tensors) else None
+        new = [_moments(p, self.states[p], copy=at_once is None) for p in params]
         # OneCycleLR and CyclicLR cycle one momentum for all groups, and note the largest in each.
         beta1 = group["momentum"] if "max_momentum" in group else group["betas"][0]
         first, second, steps = ([s[name] for s in new] for name in (*MOMENTS, "step"))
+        options = dict(beta1=beta1, beta2=group["betas"][1], amsgrad=False, maximize=False)
+        options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        if at_once is not None:
+            move = partial(at_once, params, grads, first, second, [], steps, **options)
+            return self._store(params, new, [move])
         # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
         wide = [p.to(accumulation_dtype(p.dtype), copy=True) for p in params]
-        adamw(
-            wide,
-            [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)],
-            first,
-            second,
-            [],
-            steps,
-            fused=_one_pass([*wide, *grads, *first, *second]) or None,
-            has_complex=any(p.is_complex() for p in params),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        grads = [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)]
+        unlike = any(p.is_complex() for p in params)
+        adamw(wide, grads, first, second, [], [s - 1 for s in steps], has_complex=unlike, **options)
         self._store(params, new, torch_private.on_all("copy_", params, wide))
 
     def _store(self, params: list[Any], new: list[Any], calls: Sequence[Callable[[], Any]]) -> None:
@@ -252,14 +245,14 @@ class WeightSteps:
             yield waiting
 
 
-def _moments(p: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """AdamW's count and averages as new tensors, which the step may change."""
+def _moments(p: nn.Parameter, state: Mapping[str, Any], copy: bool) -> dict[str, Tensor]:
+    """AdamW's averages, in copies if wanted, and its count after the step."""
     wide = accumulation_dtype(p.dtype)
     if "exp_avg" not in state:
         averages = {name: torch.zeros_like(p, dtype=wide) for name in MOMENTS}
-        return {"step": torch.zeros((), dtype=torch.float32), **averages}
-    averages = {n: state[n].to(device=p.device, dtype=wide, copy=True) for n in MOMENTS}
-    return {"step": state["step"].clone(), **averages}
+        return {"step": torch.ones((), dtype=torch.float32), **averages}
+    averages = {n: state[n].to(device=p.device, dtype=wide, copy=copy) for n in MOMENTS}
+    return {"step": state["step"] + 1, **averages}
 
 
 def _is_sharded(p: nn.Parameter) -> bool:
@@ -276,12 +269,13 @@ def matched(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
 
 
 def _one_pass(tensors: Sequence[Tensor]) -> bool:
-    """Whether torch's fused kernel may be used, which saves most of the time of small parameters on a CPU.
+    """Whether torch's fused kernel may be used, which saves most of the time on a CPU, and moves all at once.
 
     It reads memory in order, whatever the strides say; elsewhere torch chooses well itself.
     """
     return all(
-        type(t) in (Tensor, nn.Parameter)
+        t.dtype == accumulation_dtype(tensors[0].dtype)
+        and type(t) in (Tensor, nn.Parameter)
         and t.device.type == "cpu"
         and t.is_floating_point()
         and t.is_contiguous()

@@ -96,8 +96,9 @@ def lines(call_of, start=0):
         run = places(call)
     chosen = set(range(start, len(run), EVERY))
     if FUZZ:
-        chosen |= {place: i for i, place in enumerate(run)}.values()
-        chosen |= {place: i for i, place in reversed(list(enumerate(run)))}.values()
+        last = {place: i for i, place in enumerate(run)}
+        first = {place: i for i, place in reversed(list(enumerate(run)))}
+        chosen |= {*first.values(), *last.values()}
     for at in sorted(chosen):
         case, call = call_of()
         assert interrupted(call, at)
