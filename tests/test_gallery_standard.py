@@ -48,6 +48,7 @@ class Page:
     def __init__(self, path):
         _, blocks = sphinx_gallery.split_code_and_text_blocks(str(path))
         self.text = "\n\n".join(b[1] for b in blocks if b[0] == "text")
+        self.blocks = [b[1] for b in blocks if b[0] == "code"]
         self.code = "\n".join(b[1] for b in blocks if b[0] == "code")
         self.shown = sphinx_gallery.remove_config_comments(
             sphinx_gallery.remove_ignore_blocks(self.code)
@@ -100,6 +101,13 @@ def test_it_says_what_one_learns_and_needs(page):
     learn = page.directive("admonition", "What you will learn")
     assert len(re.findall(r"^ +- \*\*[A-Z][a-z]+\*\*", learn, re.M)) == 3, "three verbs, in bold"
     assert re.search("You (need|should)", learn), "what to know before"
+
+
+def test_no_block_hides_all_that_it_has(page):
+    """It would be an empty box on the page."""
+    for block in page.blocks:
+        shown = sphinx_gallery.remove_config_comments(sphinx_gallery.remove_ignore_blocks(block))
+        assert shown.strip(), block
 
 
 def test_it_has_mathematics(page):

@@ -82,15 +82,15 @@ for n, ax in zip(SIZES * 2, axes[-1]):
     ax.set_xlabel(f"n = {n}")
 _ = fig.suptitle("Entries that may differ from zero")
 
-# %%
-# A block of 30 is all of a small matrix and little of a large one. Toeplitz
-# pictures look full, but each diagonal holds one number only.
-
 # sphinx_gallery_start_ignore
 big = zoo["triltoeplitz"](48)
 assert big.numel == 48
 assert zoo["block30diagonal"](24).numel == 24**2
 # sphinx_gallery_end_ignore
+
+# %%
+# A block of 30 is all of a small matrix and little of a large one. Toeplitz
+# pictures look full, but each diagonal holds one number only.
 
 # %%
 # In a notebook, a structured matrix shows itself in the same way.
@@ -146,15 +146,15 @@ steps = range(0, UPDATES + 1, 4)
 movie = FuncAnimation(fig, draw, steps, init_func=draw, interval=120)
 fig.canvas.draw()
 
-# %%
-# Dense :math:`K` shows stripes at distance eight: pixels above each other.
-# Each structure keeps the part of this picture that it has room for.
-
 # sphinx_gallery_start_ignore
 K = paths["dense"][-1].dense()
 stripe, between = (K.diagonal(j).abs().mean() for j in (8, 5))
 assert stripe > 1.5 * between
 # sphinx_gallery_end_ignore
+
+# %%
+# Dense :math:`K` shows stripes at distance eight: pixels above each other.
+# Each structure keeps the part of this picture that it has room for.
 
 # %%
 # What storage buys
@@ -241,6 +241,10 @@ dots(
 assert all(n < stored["dense"] / 20 for k, n in stored.items() if k != "dense")
 for name in (first, second):
     assert round(stored[name] / stored["dense"], 2) == 0.03
+ranks = ("trilrank4first", "triurank4first", "trilrank4last", "triurank4last")
+assert {stored[name] for name in ranks} == {5116}
+assert gap["trilrank4first"] > 1.8 * gap["triurank4first"]
+assert gap["triurank4last"] > 1.8 * gap["trilrank4last"]
 # sphinx_gallery_end_ignore
 
 # %%
@@ -248,11 +252,6 @@ for name in (first, second):
 # twice the gap of the other two. In ``triurank4first`` and ``trilrank4last``,
 # the other inputs may be correlated through the dense four. In the other two
 # they count as uncorrelated.
-
-ranks = ("trilrank4first", "triurank4first", "trilrank4last", "triurank4last")
-assert {stored[name] for name in ranks} == {5116}
-assert gap["trilrank4first"] > 1.8 * gap["triurank4first"]
-assert gap["triurank4last"] > 1.8 * gap["trilrank4last"]
 
 # %%
 # When not to use this

@@ -200,6 +200,9 @@ late = [climb[k] for k in (turn, 500, 1000, -1)]
 assert turn < 100
 assert late == sorted(late)
 assert late[-1] > 2.5 * late[0]
+equal = RUNS["blocks of 3, closed"]
+assert equal.sum() == tridiagonal.sum() == 190
+assert gaps["tridiagonal, cut"][-1] < gaps["blocks of 3, closed"][-1]
 # sphinx_gallery_end_ignore
 
 # %%
@@ -210,12 +213,6 @@ assert late[-1] > 2.5 * late[0]
 # updates, and then climbs for as long as we watch, to more than twice its
 # lowest gap. Nothing in the update tells the two apart beforehand. A closed
 # pattern needs no such luck: it ends at its own best.
-
-# sphinx_gallery_start_ignore
-equal = RUNS["blocks of 3, closed"]
-assert equal.sum() == tridiagonal.sum() == 190
-assert gaps["tridiagonal, cut"][-1] < gaps["blocks of 3, closed"][-1]
-# sphinx_gallery_end_ignore
 
 # %%
 # When not to use this
