@@ -7,10 +7,10 @@ COSTS = docs/_data/what_it_costs.json
 export MATPLOTLIBRC = $(CURDIR)/gallery
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet stills bench evidence fuzz gpu clean
+.PHONY: help demo test lint types doctest tests gallery notebooks docs browser serve lab slides archive sheet stills bench evidence fuzz torch24 gpu clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "Installing into .venv (some minutes the first time; torch is about 200 MB) ..."
@@ -41,6 +41,12 @@ tests: .venv/ready ## Run the tests, on all cores
 
 fuzz: .venv/ready ## Run the nets on 10,000 random examples, and write what they tried into the docs
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/nets/figures.py 10000 $(SEED)
+
+torch24: ## Run the tests of training with the oldest torch that is allowed (3 GB; some are known to fail)
+	@test -x build/torch24/bin/python || $(PYTHON) -m venv build/torch24
+	@build/torch24/bin/pip install -qq torch==2.4.1 numpy==2.2.6 pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17
+	@OMP_NUM_THREADS=1 PYTHONPATH=src build/torch24/bin/python -m pytest tests/test_optimizer.py tests/defects \
+		tests/layers tests/kernels tests/structures tests/rules tests/nets/test_random_layers.py tests/nets/test_kills.py
 
 gpu: .venv/ready ## Run what must hold on a GPU, where there is one
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
