@@ -1,7 +1,7 @@
 """All of torch that has a leading underscore, or one name in some versions and another in others.
 
-Each function has a fallback, or says what is missing. The tests run with torch 2.13. With torch 2.4.1 most of them pass;
-docs/install.md says which do not.
+Each function has a fallback, or says what is missing. The tests run with torch 2.13. With torch 2.4.1 most of them
+pass; docs/install.md says which do not.
 """
 
 from __future__ import annotations
