@@ -192,6 +192,15 @@ assert last(runs["diagonal,\ndiagonal"]).min() < last(adamw).max()
 assert last(runs["diagonal,\ndiagonal"]).max() > last(adamw).min()
 assert last(runs["momentum_on=direction"]).max() > last(adamw).min()
 # sphinx_gallery_end_ignore
+# sphinx_gallery_start_ignore
+SWITCHES = """model params structures loss_average kfac_approx batch_first
+repeated_calls preconditioner_dtype grad_scaler average_gradients shard_factors
+fallback warn_unsupported lr lr_cov T rule kfac_like relative_damping
+scaled_start fast_start normalize_lr_cov alpha1 nesterov weight_decay
+cache_products"""
+changed = {name for change in CHANGES for name in change}
+assert {*inspect.signature(SINGD).parameters} == {*SWITCHES.split(), *changed}
+# sphinx_gallery_end_ignore
 
 # %%
 # Blue is the range of the defaults, orange that of AdamW at its best rate.
@@ -306,18 +315,7 @@ _ = ax.legend()
 #    * - ``cache_products``
 #      - keep :math:`K K^\top` between updates
 #      - :doc:`/api`
-
-# sphinx_gallery_start_ignore
-SWITCHES = """model params structures loss_average kfac_approx batch_first
-repeated_calls preconditioner_dtype grad_scaler average_gradients shard_factors
-fallback warn_unsupported lr lr_cov T rule kfac_like relative_damping
-scaled_start fast_start normalize_lr_cov alpha1 nesterov weight_decay
-cache_products"""
-changed = {name for change in CHANGES for name in change}
-assert {*inspect.signature(SINGD).parameters} == {*SWITCHES.split(), *changed}
-# sphinx_gallery_end_ignore
-
-# %%
+#
 # When not to use this
 # --------------------
 #

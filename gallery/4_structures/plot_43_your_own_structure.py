@@ -134,8 +134,7 @@ class Wrong(SameBlocks):
         return super().project(Y) * self.copies
 
 
-right = deviations(K)
-wrong = deviations(Wrong.eye(24, dtype=torch.float64))
+right, wrong = deviations(K), deviations(Wrong(K.B, K.copies))
 fig, ax = plt.subplots(figsize=(6.4, 3))
 laws = torch.arange(len(right))
 ax.barh(laws, [*right.values()], 0.35, label="right")
