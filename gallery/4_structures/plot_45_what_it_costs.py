@@ -98,10 +98,12 @@ for ax, (network, title) in zip(axes, NETWORKS.items()):
     ax.invert_yaxis()
 _ = axes[-1].set_xlabel("overhead, % of an iteration of SGD")
 
+# sphinx_gallery_start_ignore
 for network in NETWORKS:
     dense, often = (overhead(network, f"dense, T={T}") for T in (10, 1))
     assert dense < often / 2
     assert overhead(network, "diagonal, T=10") < dense
+# sphinx_gallery_end_ignore
 
 # %%
 # On each network dense factors at :math:`T=10` cost less than half of
@@ -233,6 +235,7 @@ ax.axvline(1, color="C7", ls=":")
 ax.set(xscale="log", xlim=(0.4, 14), xlabel="bytes kept, AdamW = 1")
 ax.set_title("State kept on the ViT")
 
+# sphinx_gallery_start_ignore
 layers = memory["layers_on_vit"]
 for name in ("diagonal", "triltoeplitz"):
     assert layers[name]["share_of_adamw"] < 0.51
@@ -243,6 +246,7 @@ assert set(half) == {0.5}
 peak = {r["name"]: r["bytes"] for r in memory["peak_on_cnn"]}
 ours = [n for n in peak if f"published {n}" in peak]
 assert all(peak[n] < peak[f"published {n}"] / 3 for n in ours)
+# sphinx_gallery_end_ignore
 
 # %%
 # In the layers that SINGD preconditions, diagonal and Toeplitz factors need

@@ -199,7 +199,7 @@ def test_curves_are_curves():
     assert (x.mean(1) > 0.01).all() and (x.mean(1) < 0.3).all()
 
 
-@pytest.mark.parametrize("kind", ["", "_ablations"])
+@pytest.mark.parametrize("kind", ["", "_ablations", "_batch"])
 def test_the_committed_results_are_those_of_these_tasks(kind):
     found = json.loads(RESULTS.with_stem(RESULTS.stem + kind).read_text())
     tasks = TASKS | BATCH_TASKS
