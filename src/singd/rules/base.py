@@ -63,7 +63,7 @@ class Rule(ABC):
 
     @property
     def spelling(self) -> str:
-        """What checkpoints call it: its name, and what arguments of its class are not as by default.
+        """Its name in checkpoints, with those arguments of its class that are not as by default.
 
         An argument is seen if the object keeps it under its own name and it is a plain value.
         """
