@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import shutil
 import subprocess
 
 import pytest
+import stills
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,9 +43,6 @@ def test_the_still_picture_is_in_step(name):
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_lesson_has_the_figure_and_its_notebooks_the_still_picture(name):
     """Where notebooks are shown nothing can be moved, and a file beside them may be missing: so it is inside."""
-    spec = importlib.util.spec_from_file_location("stills", ROOT / "tools" / "stills.py")
-    stills = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stills)
     svg = STATIC / f"interactive_{name}.svg"
     assert stills.recorded(svg.with_suffix(".png")) == stills.digest(svg), "run: make stills"
     lessons = [

@@ -13,13 +13,13 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd import fisher, torch_private
 from singd.blocks import Block
 from singd.groups import COUNTING, check_choices
 from singd.precision import accumulation_dtype, without_autocast
+from singd.processes import collectives
 from singd.processes.ddp import DDPDetector
 from singd.rules import INPUT, OUTPUT, Rule
 from singd.statistics import Statistics, gathered
@@ -90,7 +90,7 @@ class Collector:
         """Note that a forward runs: what comes is another step than one that failed."""
         if torch_private.backward_number() == -1:  # else activation checkpointing repeats one
             self.attempt = Attempt()
-            if dist.is_available() and dist.is_initialized():
+            if collectives.world_size() > 1:
                 self.ddp.saw_forward()
 
     @torch.no_grad()

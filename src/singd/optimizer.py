@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from singd import checkpoint, groups, plan, report, scaler, torch_private
@@ -283,8 +282,7 @@ class SINGD(torch.optim.Optimizer):
             self._ownership.assign(self._blocks)
         owners = self._ownership if self._ownership.ranks > 1 else None
         statistics = self._collector.statistics
-        several = dist.is_available() and dist.is_initialized() and collectives.world_size() > 1
-        if several and not rehearsal:
+        if collectives.world_size() > 1 and not rehearsal:
             statistics = exchange.exchanged(
                 *(list(self._group_of), lr_covs, statistics, self._collector.ddp),
                 *(self.average_gradients, self._ownership.owner, self.grad_scaler),

@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import widths as w
 from floors import operations
 from marks import MARKS, PEAK_SHARE, STATE_SHARE
 from memory import kept_bytes, layer_state, peak_bytes
+from record import machine, rounded
 from tables import tables
 from timing import Contender, interleaved, over_period, product_rate, quantile_of
 from torch import nn
@@ -50,23 +50,6 @@ def structures(small: bool) -> dict[str, StructureSpec]:
 def show(text: str) -> None:
     """Progress, on one line of its own, with the minutes since the start."""
     print(f"{(time.monotonic() - START) / 60:5.1f} min  {text}", file=sys.stderr, flush=True)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = [l.split(":", 1)[1] for l in info.read_text().splitlines() if "model name" in l]
-        model = names[0].strip() if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 1),
-    }
 
 
 def focus(name: str) -> set[str]:
@@ -239,7 +222,7 @@ def defaults(published: Any, small: bool) -> dict[str, Any]:
     for name, workload in (SMALL if small else WORKLOADS).items():
         found[name] = d.schedule(
             *(workload, published, 0.0 if small else DEFAULTS_SECONDS[name]),
-            show=lambda text: show(f"defaults, {name}: {text}"),  # noqa: B023
+            show=lambda text, name=name: show(f"defaults, {name}: {text}"),
             rounds=1 if small else 99,
         )
     show("defaults: tiny layers")
@@ -263,7 +246,8 @@ def main() -> None:
     # the published package warns of its slow routes
     warnings.simplefilter("ignore")
     published = None if args.peers is None else c.published_singd(args.peers)
-    results: dict[str, Any] = {"machine": machine(), "quick": args.quick}
+    here = {**machine(), "load": round(os.getloadavg()[0], 1)}
+    results: dict[str, Any] = {"machine": here, "quick": args.quick}
     show("{cpu}, {cores} cores, torch {torch}, load {load}".format(**results["machine"]))
     size = 256 if args.quick else 2048
     rate = product_rate(size, least=0.1 if args.quick else 1.0)
@@ -284,15 +268,6 @@ def main() -> None:
     args.results.write_text(json.dumps(rounded(results), indent=1) + "\n")
     print(tables(results))
     show(f"wrote {args.results}")
-
-
-def rounded(value: Any) -> Any:
-    """Four digits of every measured number: more would only make the file change."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -31,6 +29,7 @@ from typing import Any
 
 import torch
 from methods import ABLATIONS, METHODS, Method, half_decade, quarters
+from record import machine, rounded
 from tasks import BATCH_TASKS, TASKS, Task
 from trial import Run, train
 
@@ -245,31 +244,6 @@ def results(runs: Runs) -> dict[str, Any]:
         "summary": rows,
         "runs": kept,
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = [l.split(":", 1)[1] for l in info.read_text().splitlines() if "model name" in l]
-        model = names[0].strip() if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def rounded(value: Any) -> Any:
-    """Four digits of every measured number: more would only make the file change."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def write(runs: Runs, path: pathlib.Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tasks import BATCH_TASKS
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -118,7 +119,7 @@ def both(structure: str) -> dict[str, Any]:
     return {"structures": (structure, structure)}
 
 
-SMALL = {f"batch {size}": 1e-2 for size in (32, 128, 512, 2048)}
+SMALL = dict.fromkeys(BATCH_TASKS, 1e-2)
 
 METHODS: dict[str, Method] = {
     "SGD": Method(

@@ -12,6 +12,7 @@ from torch import Tensor
 from singd.blocks import Block, whole
 from singd.checkpoint import state_bytes
 from singd.processes.ownership import Ownership, States
+from singd.weight_steps import matched
 
 
 @torch.no_grad()
@@ -82,13 +83,9 @@ def _update_ratio(
         if nesterov and alpha_2 and not after:
             d = [torch.lerp(g, m.to(g.dtype), alpha_2) for g, m in zip(grads, M, strict=True)]
         N = _natural(block, factors, block.matrix(d))
-        d = list(block.parts(N))
+        d = [t for t in block.parts(N) if t is not None]
         if options["match_rms"] is not None:
-            d = [
-                t * (options["match_rms"] * t.numel() ** 0.5 / max(float(t.norm()), 1e-300))
-                for t in d
-                if t is not None
-            ]
+            d = matched(d, options["match_rms"])
         d = [x + alpha_2 * m if after else x for x, m in zip(d, M, strict=False)]
     for p, move in zip(block.params, d, strict=False):
         group, W = group_of[p], whole(p).detach().double()

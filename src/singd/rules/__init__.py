@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from singd.rules.base import (  # noqa: F401
-    INPUT,
-    OUTPUT,
-    Curvature,
-    Factors,
-    Rule,
-    natural_gradient,
-)
+from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Rule, natural_gradient
 from singd.rules.ikfac import Ikfac
 from singd.rules.kfac import Kfac
 from singd.rules.shampoo import Shampoo
 from singd.rules.singd import Singd
+
+__all__ = [
+    "INPUT",
+    "OUTPUT",
+    "Curvature",
+    "Factors",
+    "Ikfac",
+    "Kfac",
+    "Rule",
+    "Shampoo",
+    "Singd",
+    "find_rule",
+    "natural_gradient",
+    "register_rule",
+    "registered_rules",
+]
 
 _REGISTRY: dict[str, Rule] = {rule.name: rule for rule in (Singd(), Ikfac(), Kfac(), Shampoo())}
 
