@@ -80,6 +80,11 @@ def page(request):
     return Page(request.param)
 
 
+def test_no_mark_of_a_cell_is_left_in_its_text(page):
+    """Where one text follows another, the second mark is text, too, and its heading is none."""
+    assert not re.search(r"^%%", page.text, re.M)
+
+
 def test_its_length(page):
     assert 300 <= len(page.words()) <= 600
     code = [line.strip() for line in page.shown.splitlines()]
