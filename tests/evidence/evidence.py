@@ -10,7 +10,7 @@ Per task and method the learning rate is searched on half decades, from one that
 best has worse neighbours on both sides, and then a quarter of a decade to both sides of it, because an optimum
 between two rates costs as much as a worse method. The best is the one with the lowest *validation* measure at the
 end.
-At that rate more seeds follow, and at the method's default rate one run. Every run is a file in build/evidence,
+At that rate more seeds follow, and at the method's default rate one run. Every run is a file below build,
 and a run that is there is not made again; runs that the results hold already are kept.
 """
 
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--coarse", action="store_true", help="half decades only")
     parser.add_argument("--no-default", action="store_true", help="no run at the default rate")
     parser.add_argument("--also", type=pathlib.Path, help="a Python file with more METHODS")
-    parser.add_argument("--folder", type=pathlib.Path, help="of the runs (default: build/evidence)")
+    parser.add_argument("--folder", type=pathlib.Path, help="of the runs (default: one in build for each file of results)")
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -316,8 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = BATCH_TASKS if args.batch_sizes else TASKS
     if args.quick:
         args.steps, args.seeds, args.rates, args.coarse = 10, 1, 2, True
-    folder = args.folder or ROOT / "build" / ("evidence-quick" if args.quick else "evidence")
     kind = "_ablations" * args.ablations or "_batch" * args.batch_sizes
+    # a folder for each file of results, because all that lies in a folder goes into its file
+    folder = args.folder or ROOT / "build" / f"evidence{kind}{'-quick' * args.quick}"
     committed = RESULTS.with_stem(RESULTS.stem + kind)
     args.results = args.results or (folder.with_suffix(".json") if args.quick else committed)
     before = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
