@@ -69,14 +69,20 @@ class Runs:
             self.known[run.key] = run
         return self.known[run.key]
 
-    def best_rate(self, task: str, method: str) -> float | None:
-        """The best rate in runs of the usual length, if there are any: searches for other lengths begin there."""
+    def best_rate(self, task: str, method: str, steps: int) -> float | None:
+        """The best rate in runs of another length, if there are any: the search begins there.
+
+        Of several lengths that is the one with the nearest ratio, because optima move with the length.
+        """
         mine = [
             run
             for run in self.known.values()
-            if (run.task, run.method, run.steps) == (task, method, STEPS)
+            if (run.task, run.method) == (task, method) and run.steps != steps
         ]
-        return min(mine, key=compared).lr if mine else None
+        if not mine:
+            return None
+        near = min({run.steps for run in mine}, key=lambda n: abs(math.log(n / steps)))
+        return min((run for run in mine if run.steps == near), key=compared).lr
 
 
 def compared(run: Run) -> float:
@@ -140,7 +146,7 @@ def compare(
 
     near = method.at.get(task.name, method.near)
     if steps != STEPS:
-        near = runs.best_rate(task.name, name) or near
+        near = runs.best_rate(task.name, name, steps) or near
     best = tune(near, work, rates, fine)
     for seed in range(1, seeds):
         work(best.lr, seed)
@@ -307,7 +313,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--coarse", action="store_true", help="half decades only")
     parser.add_argument("--no-default", action="store_true", help="no run at the default rate")
     parser.add_argument("--also", type=pathlib.Path, help="a Python file with more METHODS")
-    parser.add_argument("--folder", type=pathlib.Path, help="of the runs (default: one in build for each file of results)")
+    parser.add_argument(
+        "--folder",
+        type=pathlib.Path,
+        help="of the runs (default: one in build for each file of results)",
+    )
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(1)

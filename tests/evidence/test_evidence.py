@@ -118,12 +118,14 @@ def test_an_optimum_between_two_rates_is_found():
     assert evidence.tune(0.03, work, 9, fine=False).lr in (0.01, 0.03)
 
 
-def test_a_search_begins_where_one_of_the_usual_length_ended(tmp_path):
+def test_a_search_begins_where_one_of_the_nearest_length_ended(tmp_path):
     known = [
-        Run("t", "m", 400, lr, 0, final={"validation": v}) for lr, v in ((0.1, 2.0), (0.3, 1.0))
+        Run("t", "m", steps, lr, 0, final={"validation": v})
+        for steps, lr, v in ((400, 0.1, 2.0), (400, 0.3, 1.0), (2000, 0.1, 1.0), (2000, 0.3, 2.0))
     ]
     runs = evidence.Runs(tmp_path, [run.as_dict() for run in known])
-    assert runs.best_rate("t", "m") == 0.3 and runs.best_rate("t", "other") is None
+    assert runs.best_rate("t", "m", 200) == runs.best_rate("t", "m", 2000) == 0.3
+    assert runs.best_rate("t", "m", 5000) == 0.1 and runs.best_rate("t", "other", 200) is None
 
 
 def test_the_search_stops_after_the_most_rates():
