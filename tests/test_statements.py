@@ -187,6 +187,23 @@ def test_what_the_comparison_page_reads_from_the_table():
     assert ends("autoencoder", "published singd") == pytest.approx(of_mean, rel=0.02)
 
 
+def test_the_caption_of_the_landing_page():
+    text = words("docs/index.md")
+    assert "in fewer steps on the four networks, but not always in fewer seconds" in text
+    for task in NETWORKS:
+        assert ends(task, "SINGD", "steps to train target") < 400
+    assert any(
+        ends(task, "SINGD", "seconds to train target") > ends(task, "AdamW", "seconds")
+        for task in NETWORKS
+    )
+    assert "Muon and SOAP end lower on the transformer" in text
+    assert "the default blocks lose to all of them" in text
+    for other in ("Muon", "SOAP"):
+        assert ends("transformer", other) < ends("transformer", "SINGD")
+    for other in ("AdamW", "Muon", "SOAP", "published singd"):
+        assert ends("regression", other) < ends("regression", "SINGD")
+
+
 # -- the published values --------------------------------------------------------------------------------
 
 
