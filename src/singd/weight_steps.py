@@ -7,10 +7,10 @@ Ctrl-C included, finds all of it done or nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import methodcaller
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +45,11 @@ class Attempt:
 
     Attributes:
         steps: The layers whose factors took part, each with how many steps it had taken before.
-        moved: The parameters that have moved.
+        moved: The parameters that have moved, by id (the hash of a tensor is Python, and can be interrupted).
     """
 
     steps: dict[Any, int] = field(default_factory=dict)
-    moved: set[nn.Parameter] = field(default_factory=set)
+    moved: dict[int, nn.Parameter] = field(default_factory=dict)
 
 
 def keeps_products(block: Block, wanted: bool | None) -> bool:
@@ -121,7 +121,7 @@ class WeightSteps:
                     kind = id(self.group_of[p]), d.rms, d.tensor.dtype, d.tensor.device
                     alike.setdefault(kind, []).append((p, d.tensor))
                 elif p in self.momenta:  # it has no gradient, so that only its momentum moves
-                    self._store([p], [{"momentum_buffer": self.momenta[p]}], [])
+                    self._store([p], [{"momentum_buffer": self.momenta[p]}], repeat(None))
             for (_, rms, *_), some in alike.items():
                 self._sgd([p for p, _ in some], [d for _, d in some], rms)
 
@@ -174,21 +174,31 @@ class WeightSteps:
         """Move parameters of one group, with its weight decay and momentum, as `torch.optim.SGD` does."""
         group = self.group_of[params[0]]
         lr, alpha_2, decay = group["lr"], group["momentum"], group["weight_decay"]
-        moves = directions if rms is None else matched(directions, rms)
-        for i, p in enumerate(params):
-            d = moves[i].to(p.dtype)
-            d = collectives.placed_like(d, p) if _is_sharded(p) else d
-            if decay != 0:
-                d = d.add(p, alpha=decay)
-            if group["momentum_on"] == "direction" and alpha_2 != 0:
+        averages = group["momentum_on"] == "direction" and alpha_2 != 0
+        sharded = any(map(_is_sharded, params))
+        scales = None if rms is None else scales_to(directions, rms)
+        at_once = scales is not None and not (
+            averages or sharded or decay
+        )  # one pass for scale and move
+        if scales is not None and not at_once:
+            directions = torch_private.scaled_all(directions, scales)
+        moves = [d.to(p.dtype) for p, d in zip(params, directions, strict=True)]
+        stored = [{"momentum_buffer": self.momenta[p]} if p in self.momenta else {} for p in params]
+        for i, p in enumerate(params if averages or sharded or decay else ()):
+            d = collectives.placed_like(moves[i], p) if sharded else moves[i]
+            d = d.add(p, alpha=decay) if decay else d
+            if averages:
                 old = self.states[p].get("momentum_buffer")
-                new = d.clone() if old is None else (_beside(old, p) * alpha_2).add_(d)
-                self.momenta[p] = new
+                new = d.clone() if old is None else torch.add(d, _beside(old, p), alpha=alpha_2)
+                stored[i] = {"momentum_buffer": new}
                 d = d.add(new, alpha=alpha_2) if group["nesterov"] else new
             moves[i] = d
-        stored = [{"momentum_buffer": self.momenta[p]} if p in self.momenta else {} for p in params]
-        alpha = -(lr.item() if isinstance(lr, Tensor) else lr)
-        self._store(params, stored, torch_private.on_all("add_", params, moves, alpha=alpha))
+        step = -(lr.item() if isinstance(lr, Tensor) else lr)
+        if scales is None:
+            moving = torch_private.on_all("add_", params, moves, alpha=step)
+        else:  # one pass for scale and move
+            moving = torch_private.on_all("addcmul_", params, moves, scales, value=step)
+        self._store(params, stored, moving)
 
     def adamw(self, group: dict[str, Any]) -> None:
         """One step of AdamW on all parameters of a group that have a gradient."""
@@ -207,7 +217,7 @@ class WeightSteps:
         options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
         if at_once is not None:
             move = partial(at_once, params, grads, first, second, [], steps, **options)
-            return self._store(params, new, [move])
+            return self._store(params, new, torch_private.once(move))
         # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
         wide = [p.to(accumulation_dtype(p.dtype), copy=True) for p in params]
         grads = [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)]
@@ -215,27 +225,23 @@ class WeightSteps:
         adamw(wide, grads, first, second, [], [s - 1 for s in steps], has_complex=unlike, **options)
         self._store(params, new, torch_private.on_all("copy_", params, wide))
 
-    def _store(self, params: list[Any], new: list[Any], calls: Sequence[Callable[[], Any]]) -> None:
-        """Move parameters, store what is kept of them, and note it; no signal is heard between these calls.
+    def _store(self, params: list[Any], new: list[Any], moving: Iterator[Any]) -> None:
+        """Move parameters, store what is kept of them, and note it, one after the other, with no line of Python.
 
         Args:
             params: The parameters.
             new: What their states take up, one mapping for each.
-            calls: What moves them: one call for each, or one for all.
+            moving: Moves the next of them when it is asked for an item, or all at the first.
         """
-        stores = [partial(self.states[p].update, s) for p, s in zip(params, new, strict=True)]
-        marks = [partial(self.attempt.moved.add, p) for p in params]
-        if len(calls) == len(params):
-            calls = [c for some in zip(calls, stores, marks, strict=True) for c in some]
-        else:
-            calls = [*calls, *stores, *marks]
-        deque(map(methodcaller("__call__"), calls), maxlen=0)
+        stores = map(dict.update, [self.states[p] for p in params], new)
+        marks = map(self.attempt.moved.__setitem__, list(map(id, params)), params)
+        deque(zip(moving, stores, marks, strict=False), maxlen=0)
 
     def _together(self, pairs: Iterable[tuple[nn.Parameter, Any]]) -> Iterator[list[Any]]:
         """Parameters that have not moved, with something that belongs to them, a few at a time."""
         waiting, numbers = [], 0
         for p, thing in pairs:
-            if p not in self.attempt.moved:
+            if id(p) not in self.attempt.moved:
                 waiting.append((p, thing))
                 numbers += p.numel()
                 if numbers >= (TOGETHER if p.device.type == "cpu" else TOGETHER_ELSEWHERE):
@@ -262,10 +268,15 @@ def _is_sharded(p: nn.Parameter) -> bool:
 
 def matched(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
     """Directions of one dtype and device, each scaled to a root mean square, whatever its size was."""
+    return torch_private.scaled_all(directions, scales_to(directions, rms))
+
+
+def scales_to(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
+    """What brings each of some directions of one dtype and device to a root mean square, 0-d."""
     dtype = wide_dtype(directions[0].dtype)
     sizes = torch.stack(torch_private.root_mean_squares(directions, dtype))
     least = 2**20 * torch.finfo(dtype).tiny  # so that the scale of zeros is finite
-    return torch_private.scaled_all(directions, (rms / sizes.clamp(min=least)).unbind())
+    return list((rms / sizes.clamp(min=least)).unbind())
 
 
 def _one_pass(tensors: Sequence[Tensor]) -> bool:
