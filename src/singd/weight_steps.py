@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from singd import torch_private
+from singd import alike, torch_private
 from singd.blocks import Block, gradient_of
 from singd.precision import accumulation_dtype, wide_dtype
 from singd.processes import collectives
@@ -94,39 +94,62 @@ class WeightSteps:
             rehearsal: Whether all gradients are zero, and no factors needed.
         """
 
-        def preconditioned() -> Iterator[tuple[Block, Any]]:
-            for block, dW in self._averaged(blocks):
-                if rehearsal:
-                    yield block, dW  # it is zero
-                elif owners is not None and not owners.keeps(block):
-                    yield block, None  # another process computes it
-                else:
-                    keep = block.group["T"] != 1 and keeps_products(block, cache_products)
-                    rule, state = block.rule, self.states[block.weight]
-                    prepared = block.factors.prepared(rule, state, keep, block.weight.device)
-                    yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
+        def matrices() -> Iterator[tuple[Block, Any]]:
+            for portion in self._averaged(blocks):
+                yield from self._preconditioned(portion, owners, cache_products, rehearsal)
+
+        def parts() -> Iterator[tuple[Block, Any]]:
+            if owners is not None:
+                for block, N in owners.directions(matrices(), rehearsal):
+                    yield block, block.parts(N)
+                return
+            for portion in self._averaged(blocks):
+                together, alone = ([], portion) if rehearsal else alike.split(portion, self.states)
+                for some in together:
+                    yield from alike.directions(some, self.states)
+                for block, N in self._preconditioned(alone, None, cache_products, rehearsal):
+                    yield block, block.parts(N)
 
         def directions() -> Iterator[tuple[nn.Parameter, Direction | None]]:
-            found = preconditioned()
-            for block, N in owners.directions(found, rehearsal) if owners is not None else found:
+            for block, found in parts():
                 rms = block.group["match_rms"]
-                for p, d in zip(block.params, block.parts(N), strict=False):
+                for p, d in zip(block.params, found, strict=False):
                     if p.grad is None or d is not None:
                         yield p, None if p.grad is None or d is None else Direction(d, rms)
 
         for pairs in self._together(directions()):
-            alike: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
+            same: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
             for p, d in pairs:
                 if d is not None:
                     kind = id(self.group_of[p]), d.rms, d.tensor.dtype, d.tensor.device
-                    alike.setdefault(kind, []).append((p, d.tensor))
+                    same.setdefault(kind, []).append((p, d.tensor))
                 elif p in self.momenta:  # it has no gradient, so that only its momentum moves
                     self._store([p], [{"momentum_buffer": self.momenta[p]}], repeat(None))
-            for (_, rms, *_), some in alike.items():
+            for (_, rms, *_), some in same.items():
                 self._sgd([p for p, _ in some], [d for _, d in some], rms)
 
-    def _averaged(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
-        """The averaged gradient of each layer as a matrix, [d_o, d_i], whole.
+    def _preconditioned(
+        self,
+        portion: Sequence[tuple[Block, list[Tensor]]],
+        owners: Ownership | None,
+        cache_products: bool | None,
+        rehearsal: bool,
+    ) -> Iterator[tuple[Block, Any]]:
+        """The preconditioned gradients of layers, one by one; None where another process computes it."""
+        for block, V in portion:
+            dW = block.matrix(V)
+            if rehearsal:
+                yield block, dW  # it is zero
+            elif owners is not None and not owners.keeps(block):
+                yield block, None
+            else:
+                keep = block.group["T"] != 1 and keeps_products(block, cache_products)
+                rule, state = block.rule, self.states[block.weight]
+                prepared = block.factors.prepared(rule, state, keep, block.weight.device)
+                yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
+
+    def _averaged(self, blocks: Sequence[Block]) -> Iterator[list[tuple[Block, list[Tensor]]]]:
+        """The averaged gradients of each layer's parameters, whole.
 
         Small layers share calls: as many as fit into a CPU's cache, or, where ``fully_shard`` spread parameters
         over ranks, into one gather.
@@ -143,8 +166,7 @@ class WeightSteps:
                 vectors = self._averaged_gradients([p for b in portion for p in params_of[b]])
                 if sharded:
                     vectors = collectives.gathered(vectors)
-                for b in portion:
-                    yield b, b.matrix([vectors.pop(p) for p in params_of[b]])
+                yield [(b, [vectors.pop(p) for p in params_of[b]]) for b in portion]
                 portion, size = [], 0
 
     def _averaged_gradients(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
@@ -274,7 +296,7 @@ def matched(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
 def scales_to(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
     """What brings each of some directions of one dtype and device to a root mean square, 0-d."""
     dtype = wide_dtype(directions[0].dtype)
-    sizes = torch.stack(torch_private.root_mean_squares(directions, dtype))
+    sizes = torch_private.root_mean_squares(directions, dtype)
     least = 2**20 * torch.finfo(dtype).tiny  # so that the scale of zeros is finite
     return list((rms / sizes.clamp(min=least)).unbind())
 
