@@ -31,8 +31,7 @@ def split(
         states: The optimizer's state by parameter.
     """
     sets: dict[Any, list[tuple[Block, list[Tensor]]]] = {}
-    alone = []
-    for item in portion if len(portion) >= FEW else ():
+    for item in portion:
         if (key := _key(item[0], states)) is not None:
             sets.setdefault(key, []).append(item)
     together = [some for some in sets.values() if len(some) >= FEW]

@@ -104,7 +104,8 @@ class WeightSteps:
                     yield block, block.parts(N)
                 return
             for portion in self._averaged(blocks):
-                together, alone = ([], portion) if rehearsal else alike.split(portion, self.states)
+                few = rehearsal or len(portion) < alike.FEW
+                together, alone = ([], portion) if few else alike.split(portion, self.states)
                 for some in together:
                     yield from alike.directions(some, self.states)
                 for block, N in self._preconditioned(alone, None, cache_products, rehearsal):
@@ -199,11 +200,8 @@ class WeightSteps:
         averages = group["momentum_on"] == "direction" and alpha_2 != 0
         sharded = any(map(_is_sharded, params))
         scales = None if rms is None else scales_to(directions, rms)
-        at_once = scales is not None and not (
-            averages or sharded or decay
-        )  # one pass for scale and move
-        if scales is not None and not at_once:
-            directions = torch_private.scaled_all(directions, scales)
+        if scales is not None and (averages or sharded or decay):
+            directions, scales = torch_private.scaled_all(directions, scales), None
         moves = [d.to(p.dtype) for p, d in zip(params, directions, strict=True)]
         stored = [{"momentum_buffer": self.momenta[p]} if p in self.momenta else {} for p in params]
         for i, p in enumerate(params if averages or sharded or decay else ()):
