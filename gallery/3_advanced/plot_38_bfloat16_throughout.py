@@ -2,10 +2,10 @@ r"""
 Can all of it be bfloat16? Weights, factors and momentum
 ========================================================
 
-Mixed precision keeps the weights in float32. This page keeps nothing in it:
-weights, factors, momentum and activations have eight bits. It trains SINGD and
-KFAC like this and in float32, at three dampings. So we see what it costs each
-of them, and where.
+Mixed precision keeps the weights in float32. Here nothing is: weights,
+factors, momentum and activations are bfloat16, whose numbers have eight
+significant bits. The page trains SINGD and KFAC like this and in float32, at
+three dampings. So we see what it costs each of them, and where.
 
 .. admonition:: What you will learn
 
@@ -23,9 +23,10 @@ KFAC inverts, and SINGD multiplies:
 
 .. math::
 
-   (U + \pi \sqrt\lambda \, I)^{-1}
-   \qquad \text{beside} \qquad
-   K \leftarrow K (I - \beta \, m_K) .
+   \begin{aligned}
+   \text{KFAC:} \quad & (U + \pi \sqrt\lambda \, I)^{-1} \\
+   \text{SINGD:} \quad & K \leftarrow K (I - \beta \, m_K) .
+   \end{aligned}
 
 Rounding :math:`U` can move its eigenvalues by up to about
 :math:`2^{-8} \lambda_{\max}`. If the damping is smaller than what they moved,
@@ -42,7 +43,7 @@ from torch.nn import functional as F
 from singd import SINGD
 from singd.rules import Kfac, Singd
 
-STEPS, BATCH, SEEDS, LR = 80, 64, 3, 0.01
+STEPS, BATCH, SEEDS, LR = 60, 64, 3, 0.01
 HALF, FULL = torch.bfloat16, torch.float32
 DAMPINGS = (1e-4, 1e-3, 1e-1)
 _ = torch.set_num_threads(1)
