@@ -119,7 +119,7 @@ grid = torch.tensor([[5 - kinds.index(p) for p in ps] for ps in pairs]).T
 
 fig, ax = plt.subplots(figsize=(5.4, 3.8))
 picture = ax.imshow(grid, vmin=0, vmax=5, aspect="auto")
-ax.set_xticks(range(len(BUDGETS)), BUDGETS, fontsize=9)
+ax.set_xticks(range(len(BUDGETS)), BUDGETS, rotation=90)
 ax.set_yticks(range(len(names)), names)
 ax.set(xlabel="budget, AdamW's memory = 1", ylabel="layer")
 ax.set_title("Small layers become dense first")
