@@ -191,7 +191,7 @@ assert measured[0] > estimated[0]
 # %%
 # Dense factors, the dearest, are dearest in both. At the cheap end the points
 # lie far above the line, so here a budget of time is *not* kept: small layers
-# make many calls, and to count multiplications does not see them. Take the
+# make many calls, which a count of multiplications does not see. Take the
 # estimate to sort structures, not as a promise.
 #
 # When not to use this
