@@ -12,7 +12,7 @@ from trace_a_step import walk
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "singd"
 FILES = sorted(SOURCE.rglob("*.py"))
-LINES = 4_335
+LINES = 4_420
 """Of code, in all: what there is, and little slack. The aim is less."""
 
 
@@ -69,7 +69,7 @@ FLOORS = [
     ["rules"],
     ["groups", "state", "statistics"],
     ["blocks"],
-    ["processes", "witness", "hooks", "weight_steps"],
+    ["processes", "witness", "hooks", "alike", "weight_steps"],
     ["advance", "plan", "checkpoint"],
     ["report"],
     ["optimizer"],

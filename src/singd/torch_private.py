@@ -7,8 +7,10 @@ pass; docs/install.md says which do not.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, repeat
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -126,13 +128,21 @@ def version(tensor: Tensor) -> int:
 
 
 def on_all(
-    name: str, tensors: Sequence[Tensor], others: Sequence[Tensor], **kw: Any
-) -> list[Callable[[], Any]]:
-    """The calls of a method on many tensors, each with another one; a single one, where a device gains by that."""
-    plain = all(type(t) in (Tensor, nn.Parameter) for t in (*tensors, *others))
+    name: str, tensors: Sequence[Tensor], *others: Sequence[Tensor], **kw: Any
+) -> Iterator[Any]:
+    """Calls a method of many tensors, each with tensors of its own, one for each item that is asked for.
+
+    All of them at the first item, where a device gains by a single call.
+    """
+    plain = all(type(t) in (Tensor, nn.Parameter) for some in (tensors, *others) for t in some)
     if plain and tensors[0].device.type != "cpu":
-        return [partial(getattr(torch, f"_foreach_{name}"), tensors, others, **kw)]
-    return [partial(getattr(t, name), o, **kw) for t, o in zip(tensors, others, strict=True)]
+        return once(partial(getattr(torch, f"_foreach_{name}"), tensors, *others, **kw))
+    return map(partial(getattr(Tensor, name), **kw), tensors, *others)
+
+
+def once(call: Callable[[], Any]) -> Iterator[Any]:
+    """Calls a function when the first item is asked for; items have no end."""
+    return chain(map(methodcaller("__call__"), [call]), repeat(None))
 
 
 fused_adamw: Callable[..., None] | None = getattr(torch, "_fused_adamw_", None)
@@ -158,10 +168,17 @@ def lerp_all(tensors: Any, ends: Any, weight: float) -> list[Tensor]:
     return [a.lerp(b, weight) for a, b in zip(tensors, ends, strict=True)]
 
 
-def root_mean_squares(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
-    """The root mean square of many tensors, each 0-d, summed in a dtype."""
-    norms = torch._foreach_norm(tensors, 2, dtype=dtype)
-    return list(torch._foreach_div(norms, [t.numel() ** 0.5 for t in tensors]))
+def root_mean_squares(tensors: Any, dtype: torch.dtype) -> Tensor:
+    """The root mean squares of many tensors, summed in a dtype, [len(tensors)]."""
+    # A weight beside its bias is no contiguous part of their matrix: row by row it takes a tenth of the time.
+    rows = [
+        torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), dtype=dtype)
+        if t.ndim > 1 and t.stride(-1) == 1 and not t.is_contiguous()
+        else t
+        for t in tensors
+    ]
+    norms = torch.stack(torch._foreach_norm(rows, 2, dtype=dtype))
+    return norms / norms.new_tensor([t.numel() ** 0.5 for t in tensors])
 
 
 def scaled_all(tensors: Any, scales: Any) -> list[Tensor]:

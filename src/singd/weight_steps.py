@@ -7,17 +7,17 @@ Ctrl-C included, finds all of it done or nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import methodcaller
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from singd import torch_private
+from singd import alike, torch_private
 from singd.blocks import Block, gradient_of
 from singd.precision import accumulation_dtype, wide_dtype
 from singd.processes import collectives
@@ -45,11 +45,11 @@ class Attempt:
 
     Attributes:
         steps: The layers whose factors took part, each with how many steps it had taken before.
-        moved: The parameters that have moved.
+        moved: The parameters that have moved, by id (the hash of a tensor is Python, and can be interrupted).
     """
 
     steps: dict[Any, int] = field(default_factory=dict)
-    moved: set[nn.Parameter] = field(default_factory=set)
+    moved: dict[int, nn.Parameter] = field(default_factory=dict)
 
 
 def keeps_products(block: Block, wanted: bool | None) -> bool:
@@ -94,39 +94,63 @@ class WeightSteps:
             rehearsal: Whether all gradients are zero, and no factors needed.
         """
 
-        def preconditioned() -> Iterator[tuple[Block, Any]]:
-            for block, dW in self._averaged(blocks):
-                if rehearsal:
-                    yield block, dW  # it is zero
-                elif owners is not None and not owners.keeps(block):
-                    yield block, None  # another process computes it
-                else:
-                    keep = block.group["T"] != 1 and keeps_products(block, cache_products)
-                    rule, state = block.rule, self.states[block.weight]
-                    prepared = block.factors.prepared(rule, state, keep, block.weight.device)
-                    yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
+        def matrices() -> Iterator[tuple[Block, Any]]:
+            for portion in self._averaged(blocks):
+                yield from self._preconditioned(portion, owners, cache_products, rehearsal)
+
+        def parts() -> Iterator[tuple[Block, Any]]:
+            if owners is not None:
+                for block, N in owners.directions(matrices(), rehearsal):
+                    yield block, block.parts(N)
+                return
+            for portion in self._averaged(blocks):
+                few = rehearsal or len(portion) < alike.FEW
+                together, alone = ([], portion) if few else alike.split(portion, self.states)
+                for some in together:
+                    yield from alike.directions(some, self.states)
+                for block, N in self._preconditioned(alone, None, cache_products, rehearsal):
+                    yield block, block.parts(N)
 
         def directions() -> Iterator[tuple[nn.Parameter, Direction | None]]:
-            found = preconditioned()
-            for block, N in owners.directions(found, rehearsal) if owners is not None else found:
+            for block, found in parts():
                 rms = block.group["match_rms"]
-                for p, d in zip(block.params, block.parts(N), strict=False):
+                for p, d in zip(block.params, found, strict=False):
                     if p.grad is None or d is not None:
                         yield p, None if p.grad is None or d is None else Direction(d, rms)
 
         for pairs in self._together(directions()):
-            alike: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
+            same: dict[Any, list[tuple[nn.Parameter, Tensor]]] = {}
             for p, d in pairs:
                 if d is not None:
                     kind = id(self.group_of[p]), d.rms, d.tensor.dtype, d.tensor.device
-                    alike.setdefault(kind, []).append((p, d.tensor))
+                    same.setdefault(kind, []).append((p, d.tensor))
                 elif p in self.momenta:  # it has no gradient, so that only its momentum moves
-                    self._store([p], [{"momentum_buffer": self.momenta[p]}], [])
-            for (_, rms, *_), some in alike.items():
+                    self._store([p], [{"momentum_buffer": self.momenta[p]}], repeat(None))
+            for (_, rms, *_), some in same.items():
                 self._sgd([p for p, _ in some], [d for _, d in some], rms)
 
-    def _averaged(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
-        """The averaged gradient of each layer as a matrix, [d_o, d_i], whole.
+    def _preconditioned(
+        self,
+        portion: Sequence[tuple[Block, list[Tensor]]],
+        owners: Ownership | None,
+        cache_products: bool | None,
+        rehearsal: bool,
+    ) -> Iterator[tuple[Block, Any]]:
+        """The preconditioned gradients of layers, one by one; None where another process computes it."""
+        for block, V in portion:
+            dW = block.matrix(V)
+            if rehearsal:
+                yield block, dW  # it is zero
+            elif owners is not None and not owners.keeps(block):
+                yield block, None
+            else:
+                keep = block.group["T"] != 1 and keeps_products(block, cache_products)
+                rule, state = block.rule, self.states[block.weight]
+                prepared = block.factors.prepared(rule, state, keep, block.weight.device)
+                yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
+
+    def _averaged(self, blocks: Sequence[Block]) -> Iterator[list[tuple[Block, list[Tensor]]]]:
+        """The averaged gradients of each layer's parameters, whole.
 
         Small layers share calls: as many as fit into a CPU's cache, or, where ``fully_shard`` spread parameters
         over ranks, into one gather.
@@ -143,8 +167,7 @@ class WeightSteps:
                 vectors = self._averaged_gradients([p for b in portion for p in params_of[b]])
                 if sharded:
                     vectors = collectives.gathered(vectors)
-                for b in portion:
-                    yield b, b.matrix([vectors.pop(p) for p in params_of[b]])
+                yield [(b, [vectors.pop(p) for p in params_of[b]]) for b in portion]
                 portion, size = [], 0
 
     def _averaged_gradients(self, params: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
@@ -174,21 +197,28 @@ class WeightSteps:
         """Move parameters of one group, with its weight decay and momentum, as `torch.optim.SGD` does."""
         group = self.group_of[params[0]]
         lr, alpha_2, decay = group["lr"], group["momentum"], group["weight_decay"]
-        moves = directions if rms is None else matched(directions, rms)
-        for i, p in enumerate(params):
-            d = moves[i].to(p.dtype)
-            d = collectives.placed_like(d, p) if _is_sharded(p) else d
-            if decay != 0:
-                d = d.add(p, alpha=decay)
-            if group["momentum_on"] == "direction" and alpha_2 != 0:
+        averages = group["momentum_on"] == "direction" and alpha_2 != 0
+        sharded = any(map(_is_sharded, params))
+        scales = None if rms is None else scales_to(directions, rms)
+        if scales is not None and (averages or sharded or decay):
+            directions, scales = torch_private.scaled_all(directions, scales), None
+        moves = [d.to(p.dtype) for p, d in zip(params, directions, strict=True)]
+        stored = [{"momentum_buffer": self.momenta[p]} if p in self.momenta else {} for p in params]
+        for i, p in enumerate(params if averages or sharded or decay else ()):
+            d = collectives.placed_like(moves[i], p) if sharded else moves[i]
+            d = d.add(p, alpha=decay) if decay else d
+            if averages:
                 old = self.states[p].get("momentum_buffer")
-                new = d.clone() if old is None else (_beside(old, p) * alpha_2).add_(d)
-                self.momenta[p] = new
+                new = d.clone() if old is None else torch.add(d, _beside(old, p), alpha=alpha_2)
+                stored[i] = {"momentum_buffer": new}
                 d = d.add(new, alpha=alpha_2) if group["nesterov"] else new
             moves[i] = d
-        stored = [{"momentum_buffer": self.momenta[p]} if p in self.momenta else {} for p in params]
-        alpha = -(lr.item() if isinstance(lr, Tensor) else lr)
-        self._store(params, stored, torch_private.on_all("add_", params, moves, alpha=alpha))
+        step = -(lr.item() if isinstance(lr, Tensor) else lr)
+        if scales is None:
+            moving = torch_private.on_all("add_", params, moves, alpha=step)
+        else:  # one pass for scale and move
+            moving = torch_private.on_all("addcmul_", params, moves, scales, value=step)
+        self._store(params, stored, moving)
 
     def adamw(self, group: dict[str, Any]) -> None:
         """One step of AdamW on all parameters of a group that have a gradient."""
@@ -207,7 +237,7 @@ class WeightSteps:
         options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
         if at_once is not None:
             move = partial(at_once, params, grads, first, second, [], steps, **options)
-            return self._store(params, new, [move])
+            return self._store(params, new, torch_private.once(move))
         # In float16 AdamW's squares and its eps are zero, and their quotient is not a number.
         wide = [p.to(accumulation_dtype(p.dtype), copy=True) for p in params]
         grads = [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)]
@@ -215,27 +245,23 @@ class WeightSteps:
         adamw(wide, grads, first, second, [], [s - 1 for s in steps], has_complex=unlike, **options)
         self._store(params, new, torch_private.on_all("copy_", params, wide))
 
-    def _store(self, params: list[Any], new: list[Any], calls: Sequence[Callable[[], Any]]) -> None:
-        """Move parameters, store what is kept of them, and note it; no signal is heard between these calls.
+    def _store(self, params: list[Any], new: list[Any], moving: Iterator[Any]) -> None:
+        """Move parameters, store what is kept of them, and note it, one after the other, with no line of Python.
 
         Args:
             params: The parameters.
             new: What their states take up, one mapping for each.
-            calls: What moves them: one call for each, or one for all.
+            moving: Moves the next of them when it is asked for an item, or all at the first.
         """
-        stores = [partial(self.states[p].update, s) for p, s in zip(params, new, strict=True)]
-        marks = [partial(self.attempt.moved.add, p) for p in params]
-        if len(calls) == len(params):
-            calls = [c for some in zip(calls, stores, marks, strict=True) for c in some]
-        else:
-            calls = [*calls, *stores, *marks]
-        deque(map(methodcaller("__call__"), calls), maxlen=0)
+        stores = map(dict.update, [self.states[p] for p in params], new)
+        marks = map(self.attempt.moved.__setitem__, list(map(id, params)), params)
+        deque(zip(moving, stores, marks, strict=False), maxlen=0)
 
     def _together(self, pairs: Iterable[tuple[nn.Parameter, Any]]) -> Iterator[list[Any]]:
         """Parameters that have not moved, with something that belongs to them, a few at a time."""
         waiting, numbers = [], 0
         for p, thing in pairs:
-            if p not in self.attempt.moved:
+            if id(p) not in self.attempt.moved:
                 waiting.append((p, thing))
                 numbers += p.numel()
                 if numbers >= (TOGETHER if p.device.type == "cpu" else TOGETHER_ELSEWHERE):
@@ -262,10 +288,15 @@ def _is_sharded(p: nn.Parameter) -> bool:
 
 def matched(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
     """Directions of one dtype and device, each scaled to a root mean square, whatever its size was."""
+    return torch_private.scaled_all(directions, scales_to(directions, rms))
+
+
+def scales_to(directions: Sequence[Tensor], rms: float) -> list[Tensor]:
+    """What brings each of some directions of one dtype and device to a root mean square, 0-d."""
     dtype = wide_dtype(directions[0].dtype)
-    sizes = torch.stack(torch_private.root_mean_squares(directions, dtype))
+    sizes = torch_private.root_mean_squares(directions, dtype)
     least = 2**20 * torch.finfo(dtype).tiny  # so that the scale of zeros is finite
-    return torch_private.scaled_all(directions, (rms / sizes.clamp(min=least)).unbind())
+    return list((rms / sizes.clamp(min=least)).unbind())
 
 
 def _one_pass(tensors: Sequence[Tensor]) -> bool:

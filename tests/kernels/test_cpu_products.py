@@ -33,6 +33,18 @@ def test_half_a_product_is_the_whole(small_blocks, n, m):
     assert_same(matmul_symmetric(B, B.T), A @ A.T)
 
 
+@pytest.mark.parametrize("n", [1, 5, 7, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_halves_add_up_to_the_whole(small_blocks, n, dtype):
+    parts = [torch.randn(n, m) for m in (0, 1, 8, 31)]  # of some, all of the product is formed
+    total = torch.zeros(n, n, dtype=dtype)
+    for L in parts:
+        cpu_products.add_symmetric_(total, L, L.T)
+    cpu_products.mirror_(total)
+    A = torch.cat(parts, dim=1).to(dtype)
+    torch.testing.assert_close(total, A @ A.T, rtol=0, atol=2e-5)
+
+
 def test_halving_is_what_happens(small_blocks):
     # of a product that is not symmetric, the lower half counts
     A, B = torch.randn(9, 8, dtype=F64), torch.randn(8, 9, dtype=F64)

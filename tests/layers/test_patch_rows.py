@@ -38,10 +38,10 @@ def test_gram_along_every_axis(monkeypatch, one_example_at_a_time, name, axis, b
     if axis is not None and axis >= len(layer.kernel_size):
         return
 
-    def plan(kernel, shape):
-        if axis is None or kernel.stride[axis] != 1:
+    def plan(kernel, shape, zeros):
+        if axis is None:
             return None
-        return plan_products(kernel, axis, shape[2 + axis])
+        return plan_products(kernel, axis, shape[2 + axis], zeros[axis])
 
     monkeypatch.setattr(fast_patches, "cheapest_plan", plan)
     rows = find_kind(layer).input_rows(
@@ -54,29 +54,45 @@ def test_gram_along_every_axis(monkeypatch, one_example_at_a_time, name, axis, b
     )
 
 
+def rows_in(plan) -> int:
+    return sum(product.hi - product.lo for product in plan.products)
+
+
 def test_a_third_of_the_work():
-    # 3 x 3 kernel, padding 1, 16 positions: a full product and one row more each, instead of 9 full ones
-    plan = plan_products(Window((3,), (1,), (1,)), axis=0, n=18)
-    assert plan.rows == 18 + 17 + 16
+    # 3 x 3 kernel, padding 1, 16 positions: full, minus 1 and minus 2 rows, instead of 9 full ones
+    plan = plan_products(Window((3,), (1,), (1,)), axis=0, n=18, zeros=(1, 1))
+    assert rows_in(plan) == 16 + 15 + 14
+    # without zeros at the ends, the ends are rows as well
+    plan = plan_products(Window((3,), (1,), (1,)), axis=0, n=18, zeros=(0, 0))
+    assert rows_in(plan) == 18 + 17 + 16
+    # stride 2: the even rows meet offsets 0 and 2, the odd ones offset 1
+    plan = plan_products(Window((3,), (2,), (1,)), axis=0, n=17, zeros=(0, 0))
+    assert plan.phases == {0, 1}
+    # pairs 00 and 22 together, 02, 11, 01, 12; with 8 positions they were 6 * 8 apart
+    assert rows_in(plan) == 9 + 8 + 8 + 8 + 8
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("dilation", [1, 2, 3])
-@pytest.mark.parametrize("n", [1, 13, 41])
-def test_no_plan_multiplies_more_than_the_pairs_on_one_side(kernel, dilation, n):
-    k = Window((kernel,), (1,), (dilation,))
-    plan = plan_products(k, axis=0, n=n)
-    assert plan.rows <= kernel * (kernel + 1) // 2 * max(0, k.output_size(0, n))
+@pytest.mark.parametrize("zeros", [(0, 0), (1, 1), (3, 0), (0, 4), (20, 20)])
+def test_no_plan_multiplies_more_than_the_pairs_on_one_side(kernel, stride, dilation, zeros):
+    n = 41
+    k = Window((kernel,), (stride,), (dilation,))
+    plan = plan_products(k, axis=0, n=n, zeros=zeros)
+    assert rows_in(plan) <= kernel * (kernel + 1) // 2 * k.output_size(0, n)
 
 
 def test_the_cheaper_route_is_taken():
     kernel = Window((3, 3), (1, 1), (1, 1))
-    assert cheapest_plan(kernel, (32, 64, 18, 18)).axis == 0
-    assert cheapest_plan(kernel, (1, 2, 4, 4)) is None
-    assert cheapest_plan(Window((1, 5), (1, 1), (1, 1)), (32, 64, 16, 20)).axis == 1
-    assert cheapest_plan(Window((3, 3), (2, 1), (1, 1)), (32, 64, 18, 18)).axis == 1
-    assert cheapest_plan(Window((1, 1), (1, 1), (1, 1)), (32, 64, 16, 16)) is None
-    assert cheapest_plan(kernel, (0, 64, 18, 18)) is None
+    zeros = [(1, 1), (1, 1)]
+    assert cheapest_plan(kernel, (32, 64, 18, 18), zeros).axis == 0
+    assert cheapest_plan(kernel, (1, 2, 4, 4), zeros) is None
+    wide = Window((1, 5), (1, 1), (1, 1))
+    assert cheapest_plan(wide, (32, 64, 16, 20), [(0, 0), (2, 2)]).axis == 1
+    pointwise = Window((1, 1), (1, 1), (1, 1))
+    assert cheapest_plan(pointwise, (32, 64, 16, 16), [(0, 0), (0, 0)]) is None
+    assert cheapest_plan(kernel, (0, 64, 18, 18), zeros) is None
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -84,7 +100,7 @@ def test_large_gram_in_both_precisions(stride):
     layer = nn.Conv2d(32, 4, 3, padding=1, stride=stride)
     x = torch.randn(32, 32, 16, 16)
     kernel = Window((3, 3), (stride, stride), (1, 1))
-    assert (cheapest_plan(kernel, (32, 32, 18, 18)) is not None) == (stride == 1)
+    assert cheapest_plan(kernel, (32, 32, 18, 18), [(1, 1), (1, 1)]) is not None
     A = rows_of(layer.double(), x.double(), bias=True).matrix()
     gram = A.T @ A
     torch.testing.assert_close(rows_of(layer, x.double(), bias=True).gram(), gram)
@@ -95,7 +111,9 @@ def test_large_gram_in_both_precisions(stride):
 @pytest.mark.parametrize("route", ["plain", "shifted"])
 def test_many_chunks_do_not_stall_in_half_precision(monkeypatch, one_example_at_a_time, route):
     if route == "shifted":
-        monkeypatch.setattr(fast_patches, "cheapest_plan", lambda k, shape: plan_products(k, 0, 2))
+        monkeypatch.setattr(
+            fast_patches, "cheapest_plan", lambda k, shape, zeros: plan_products(k, 0, 2, (0, 0))
+        )
     layer = nn.Conv1d(1, 1, 1, dtype=torch.bfloat16)
     x = torch.ones(600, 1, 2, dtype=torch.bfloat16)  # adding 2 to 512 changes nothing in bfloat16
     rows = rows_of(layer, x)

@@ -56,19 +56,43 @@ def symmetric_share(n: int) -> float:
     return 0.6 if n > 2 * BLOCK else 0.8 if n > BLOCK else 1.0
 
 
+def _row_blocks(n: int) -> list[tuple[int, int]]:
+    """The rows of each block of half a product, (start, stop)."""
+    # Narrow blocks multiply more slowly, wide ones form more of the other half: best about n / 8.
+    width = max(BLOCK, min(128, n // 8 // 32 * 32))
+    return [(start, min(start + width, n)) for start in range(0, n, width)]
+
+
 def matmul_symmetric(L: Tensor, R: Tensor) -> Tensor:
     """L R where that is symmetric: the lower half is multiplied, block by block, and mirrored."""
     n, m = L.shape
     if not halving_pays(n, m) or _differentiated(L, R):
         return matmul(L, R)
     product = empty_padded(L, n, n)
-    # Narrow blocks multiply more slowly, wide ones form more of the other half: best about n / 8.
-    width = max(BLOCK, min(128, n // 8 // 32 * 32))
-    for start in range(0, n, width):
-        rows = slice(start, min(start + width, n))
-        torch.mm(L[rows], R[:, : rows.stop], out=product[rows, : rows.stop])
-        product[:start, rows] = product[rows, :start].T
-    return product
+    for start, stop in _row_blocks(n):
+        torch.mm(L[start:stop], R[:, :stop], out=product[start:stop, :stop])
+    return mirror_(product)
+
+
+def add_(total: Tensor, L: Tensor, R: Tensor) -> None:
+    """Add L R to a total of the same or a wider dtype."""
+    if total.dtype == L.dtype:
+        total.addmm_(L, R)
+    else:
+        total += L @ R
+
+
+def add_symmetric_(total: Tensor, L: Tensor, R: Tensor) -> None:
+    """Add L R, symmetric, to the lower half of a total; the last addition is followed by `mirror_`."""
+    for start, stop in _row_blocks(len(L)) if halving_pays(*L.shape) else [(0, len(L))]:
+        add_(total[start:stop, :stop], L[start:stop], R[:, :stop])
+
+
+def mirror_(total: Tensor) -> Tensor:
+    """Copy the lower half of a matrix, [n, n], over the upper one, where only that was formed."""
+    for start, stop in _row_blocks(len(total)):
+        total[:start, start:stop] = total[start:stop, :start].T
+    return total
 
 
 def block_gram(A: Tensor, k: int) -> tuple[Tensor, Tensor]:

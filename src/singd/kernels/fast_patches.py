@@ -6,7 +6,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from singd.kernels.cpu_products import matmul_symmetric
+from singd.kernels.cpu_products import add_, add_symmetric_, mirror_
 from singd.kernels.patches import Patches, unfold
 from singd.kernels.registry import register_kernel
 from singd.kernels.shifted_products import Plan, cheapest_plan
@@ -34,32 +34,41 @@ def patch_tmm(p: Patches, Y: Tensor) -> Tensor:
 
 def patch_gram(p: Patches) -> Tensor:
     """See `kernels.patch_gram`: by shifted products where they pay, else unfolded part by part."""
-    plan = cheapest_plan(p.window, (*p.x.shape[:2], *p.sizes))
+    plan = cheapest_plan(p.window, (*p.x.shape[:2], *p.sizes), p.zeros)
     if plan is not None:
         return shifted_gram(p, plan).to(p.x.dtype)
     total = p.x.new_zeros(p.width, p.width, dtype=wide_dtype(p.x.dtype))
     for part in p.split(p.width * p.places.numel()):
         X = part.unfold()
-        total += matmul_symmetric(X, X.T)
-    return total.to(p.x.dtype)
+        add_symmetric_(total, X, X.T)
+    return mirror_(total).to(p.x.dtype)
 
 
 def shifted_gram(p: Patches, plan: Plan) -> Tensor:
     """The Gram matrix of all patches, unfolding all axes but the plan's; see `shifted_products`."""
-    rest, axis = p.window.without(plan.axis), plan.axis
+    rest, axis, stride = p.window.without(plan.axis), plan.axis, p.window.stride[plan.axis]
     E = p.x.shape[1] * rest.numel
     sums = p.x.new_zeros(len(plan.products), E, E, dtype=wide_dtype(p.x.dtype))
     for part in p.split(p.x.shape[1] * p.sizes.numel() * rest.numel):
-        U = unfold(part.padded().movedim(2 + axis, 2), rest)  # [E, rows, B * places]
-        for total, (shift, lo, hi) in zip(sums, plan.products, strict=True):
-            L, R = U[:, lo:hi].flatten(1), U[:, lo + shift : hi + shift].flatten(1).T
-            total += L @ R if shift else matmul_symmetric(L, R)
+        x = part.padded().movedim(2 + axis, 2)[:, :, plan.inside]
+        phases = {i: unfold(x[:, :, i::stride], rest) for i in plan.phases}  # [E, rows, B * places]
+        for total, product in zip(sums, plan.products, strict=True):
+            U, V, shift, lo, hi = product
+            L, R = (
+                phases[U][:, lo:hi].flatten(1),
+                phases[V][:, lo + shift : hi + shift].flatten(1).T,
+            )
+            if product.symmetric:
+                add_symmetric_(total, L, R)
+            else:
+                add_(total, L, R)
     half = (p.x.shape[1], *p.window.size)
     gram = sums.new_zeros(*half, *half)
     # blocks[i, j] is a view of all entries with these offsets along the plan's axis.
     blocks = gram.movedim((1 + axis, 1 + axis + len(half)), (0, 1))
     for (i, j), parts in plan.blocks.items():
         block = sums[parts].sum(0)
+        block = mirror_(block) if i == j else block
         blocks[i, j] = block.view(blocks.shape[2:])
         blocks[j, i] = block.T.reshape(blocks.shape[2:])
     return gram.view(p.width, p.width)

@@ -53,12 +53,14 @@ class Patches:
         pad: Pads any tensor [*, *, ...] with the input's last sizes.
         sizes: The sizes *n of the padded input.
         window: The window.
+        zeros: For each axis, how many rows at its start and its end are known to be zero.
     """
 
     x: Tensor
     pad: Callable[[Tensor], Tensor]
     sizes: Size
     window: Window
+    zeros: list[tuple[int, int]]
 
     @property
     def device(self) -> torch.device:

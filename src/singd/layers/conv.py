@@ -103,7 +103,9 @@ class ConvKind(LayerKind):
         extents = self.extents(layer, x.shape[2:], output_shape and output_shape[-axes:])
         window = Window(layer.kernel_size, self.stride(layer), layer.dilation)
         pad = partial(self.padded, layer, extents=extents)
-        return PatchRows(Patches(x, pad, Size(map(sum, extents)), window))
+        known = layer.padding_mode == "zeros"
+        zeros = [(max(0, b), max(0, a)) if known else (0, 0) for b, _, a in extents]
+        return PatchRows(Patches(x, pad, Size(map(sum, extents)), window, zeros))
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
         rows = self.patches(layer, x, x.dtype)

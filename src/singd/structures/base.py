@@ -66,6 +66,9 @@ class StructuredMatrix(ABC):
         \quad\text{over members } M .
     """
 
+    batched = False
+    """Whether ``torch.func.vmap`` maps the products, so that those of small layers that are alike share calls."""
+
     # -- the primitives ------------------------------------------------------------------------------
 
     @classmethod
@@ -348,6 +351,10 @@ class Transposed(StructuredMatrix):
     @property
     def n(self) -> int:
         return self.of.n
+
+    @property
+    def batched(self) -> bool:  # type: ignore[override]
+        return self.of.batched
 
     @property
     def T(self) -> StructuredMatrix:

@@ -12,6 +12,9 @@ from singd.precision import wide_dtype
 from singd.rows import Rows
 from singd.structures.base import Preconditioner, StructuredMatrix
 
+LARGE = 2**14
+"""How many numbers a matrix has at least that copying a product of it takes longer than starting an operator."""
+
 
 @dataclass(eq=False, repr=False)
 class BlockDiagonal(StructuredMatrix):
@@ -19,6 +22,8 @@ class BlockDiagonal(StructuredMatrix):
 
     blocks: Tensor  # [n // k, k, k]
     last: Tensor  # [n % k, n % k]
+
+    batched = True
 
     @classmethod
     def eye(cls, n: int, *, k: int = 30, **kw: Any) -> BlockDiagonal:
@@ -42,10 +47,14 @@ class BlockDiagonal(StructuredMatrix):
 
     def _times(self, blocks: Tensor, last: Tensor, X: Tensor) -> Tensor:
         """diag(blocks, last) X."""
+        if not len(blocks):
+            return last @ X
         top, bottom = self._split(X)
-        if torch.is_grad_enabled():  # autograd writes into no given memory
+        if torch.is_grad_enabled() or X.numel() < LARGE:  # (autograd writes into no given memory)
             return torch.cat([(blocks @ top).flatten(0, 1), last @ bottom])
-        out = X.new_empty(X.shape)  # both products into one place, instead of a copy of them
+        # Both products into one place, instead of a copy of them, and in the layout of X: that of a gradient's
+        # transpose, so that a weight, which is stored by rows, will not be met column by column.
+        out = torch.empty_like(X)
         head, tail = self._split(out)
         torch.bmm(blocks, top, out=head)
         torch.mm(last, bottom, out=tail)

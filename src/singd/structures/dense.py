@@ -20,6 +20,8 @@ class Dense(StructuredMatrix):
 
     a: Tensor  # [n, n]
 
+    batched = True
+
     @classmethod
     def eye(cls, n: int, **kw: Any) -> Dense:
         return cls(torch.eye(n, **kw))

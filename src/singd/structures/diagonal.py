@@ -19,6 +19,8 @@ class Diagonal(StructuredMatrix):
 
     d: Tensor  # [n]
 
+    batched = True
+
     @classmethod
     def eye(cls, n: int, **kw: Any) -> Diagonal:
         return cls(torch.ones(n, **kw))
