@@ -217,7 +217,7 @@ blocks["dense, fourth row"] = rows[:, 24:32]
 for ax, (name, B) in zip(axes, blocks.items()):
     shown = ax.imshow(B, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
     ax.set(title=name, xlabel="pixel of a row", ylabel="pixel of a row")
-fig.colorbar(shown, ax=axes, label="entry of K")
+_ = fig.colorbar(shown, ax=axes, label="entry of K")
 
 # sphinx_gallery_start_ignore
 sizes = [(B - B.diagonal().diag()).norm() for B in blocks.values()]
