@@ -187,14 +187,13 @@ def test_each_optimizer_and_structure_has_its_colour(page):
 
 def test_its_figures_can_be_read_on_a_phone(page):
     """A column of 390 px leaves letters of 9 points in a figure of 5.5 inches about 8 px high."""
-    if page.folder in ("0_course", "2_features", "3_advanced"):
-        calls = [n for n in ast.walk(ast.parse(page.code)) if isinstance(n, ast.Call)]
-        given = [(k.arg, k.value, c) for c in calls for k in c.keywords]
-        widths = [ast.literal_eval(v.elts[0]) for name, v, _ in given if name == "figsize"]
-        sizes = [ast.literal_eval(v) for name, v, _ in given if name == "fontsize"]
-        drawn = [c for c in calls if getattr(c.func, "attr", "") in ("subplots", "figure")]
-        assert len(widths) == len(drawn) and max(widths) <= 5.5
-        assert min(sizes, default=9) >= 9
+    calls = [n for n in ast.walk(ast.parse(page.code)) if isinstance(n, ast.Call)]
+    given = [(k.arg, k.value) for c in calls for k in c.keywords]
+    widths = [ast.literal_eval(v.elts[0]) for name, v in given if name == "figsize"]
+    sizes = [ast.literal_eval(v) for name, v in given if name == "fontsize"]
+    drawn = [c for c in calls if getattr(c.func, "attr", "") in ("subplots", "figure")]
+    assert len(widths) == len(drawn) and max(widths) <= 5.5
+    assert min(sizes, default=9) >= 9
 
 
 def test_a_page_starts_with_the_defaults_of_torch():

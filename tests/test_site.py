@@ -125,6 +125,49 @@ def test_no_sideways_scroll_on_a_phone(visit, path):
     assert cut == [], "formulas whose start cannot be scrolled to"
 
 
+@pytest.mark.parametrize(
+    "path", ["concepts.html", "auto_gallery/1_start/plot_11_replace_adamw.html"]
+)
+def test_a_formula_breaks_on_a_phone_where_it_can(visit, path):
+    """One whose lines are aligned cannot, and scrolls; a shade at its edge shows that it goes on."""
+    page = visit(path, width=390, height=844)
+    hidden = page.evaluate(
+        "[...document.querySelectorAll('div.math')].filter(m => m.scrollWidth > m.clientWidth + 1 &&"
+        " !m.querySelector('.mtable, .minner')).map(m => m.textContent.slice(0, 80))"
+    )
+    assert hidden == []
+    shades = page.evaluate(
+        "[...document.querySelectorAll('div.math, div.highlight pre')].filter(e => e.scrollWidth > e.clientWidth)"
+        ".map(e => getComputedStyle(e).backgroundImage)"
+    )
+    assert shades and all("gradient" in shade for shade in shades)
+
+
+@pytest.mark.parametrize("path", ["index.html", "api.html", PAGES[3], PAGES[-2]])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_background(visit, path, scheme):
+    """By the ratio of 4.5 that readers with weak eyes need; code is coloured by a style of its own."""
+    page = visit(path, scheme=scheme)
+    weak = page.evaluate("""() => {
+      const rgb = s => { const c = s.match(/[\\d.]+/g).map(Number); return c.length > 3 ? c : [...c, 1]; };
+      const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], .05);
+      const behind = e => { for (; e; e = e.parentElement) {
+        const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] > .5) return c; } return [255, 255, 255]; };
+      const found = {}, walk = document.createTreeWalker(document.querySelector('.bd-article'), NodeFilter.SHOW_TEXT);
+      while (walk.nextNode()) {
+        const e = walk.currentNode.parentElement;
+        if (!walk.currentNode.textContent.trim() || e.closest('.katex-mathml, svg, script, style')) continue;
+        if (!e.getBoundingClientRect().width) continue;
+        const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))];
+        const ratio = Math.max(a, b) / Math.min(a, b);
+        if (ratio < 4.5) found[e.tagName + '.' + e.className] = ratio.toFixed(2);
+      }
+      return found;
+    }""")
+    assert weak == {}
+
+
 def test_maths(visit):
     page = visit("api.html")
     n = page.locator(".katex").count()

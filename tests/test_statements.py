@@ -262,3 +262,34 @@ def test_kfac_shares_its_damping_out_as_the_concepts_page_says():
     optimizer.step()
     U, G, *_ = (M.dense() for M in optimizer.factors(layer))
     torch.testing.assert_close(before - layer.weight.detach(), kfac(U, G, dW, 1e-3, pi=True))
+
+
+# -- docs/which_page.md, gallery/1_start/plot_12_arguments.py ---------------------------------------------
+
+
+def test_the_map_leads_to_every_page_of_the_gallery():
+    text = (ROOT / "docs" / "which_page.md").read_text()
+    lessons = {int(n) for n in re.findall(r"\{lesson\}`[^`]*<(\d+)>`", text)}
+    for page in (ROOT / "gallery").glob("*/plot_*.py"):
+        number = int(page.stem.split("_")[1])
+        known = number in lessons if page.parent.name == "0_course" else f"/{page.stem})" in text
+        assert known, page.stem
+
+
+@pytest.mark.parametrize("rho", [None, 0.5])
+def test_the_momentum_averages_gradients_before_the_factors(rho):
+    """The last three lines of the box on the page of the arguments; M starts at the first gradient."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, bias=False).double()
+    optimizer = SINGD(layer, lr=0.1, momentum=0.8, nesterov=False, match_rms=rho)
+    M = None
+    for x in torch.randn(3, 8, 4, dtype=F64):
+        optimizer.zero_grad()
+        layer(x).square().sum(1).mean().backward()
+        W, gradient = layer.weight.detach().clone(), layer.weight.grad.clone()
+        optimizer.step()
+        K, C = (f.dense() for f in optimizer.factors(layer)[:2])
+        M = gradient if M is None else 0.8 * M + (1 - 0.8) * gradient
+        N = C @ C.T @ M @ K @ K.T
+        step = N if rho is None else rho * N / N.square().mean().sqrt()
+        torch.testing.assert_close(layer.weight.detach(), W - 0.1 * step)

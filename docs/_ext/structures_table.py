@@ -36,7 +36,7 @@ def smaller(name: str) -> str:
 
 def lines():
     """One row per structure; of a family with sizes in its name, its first member."""
-    yield "| | name and members | $P(N)$ | numbers stored | product with a vector |"
+    yield "| | name and members | numbers stored | product with a vector | $P(N)$ |"
     yield "|---|---|---|---|---|"
     seen = set()
     for name, s in STRUCTURES.items():
@@ -47,8 +47,8 @@ def lines():
         projection = ", ".join(f"${part}$" for part in s.projection.split(r",\;"))
         count = s(COUNTED, device="meta").numel
         yield (
-            f"| {pattern(STRUCTURES[smaller(name)])} | `{name}`<br>{s.members} | {projection} "
-            f"| ${s.numbers}$<br>{count:,} | ${s.cost}$ |"
+            f"| {pattern(STRUCTURES[smaller(name)])} | `{name}`<br>{s.members} "
+            f"| ${s.numbers}$<br>{count:,} | ${s.cost}$ | {projection} |"
         )
 
 

@@ -128,14 +128,15 @@ _ = ax.set_title("Blocks for the wide layer cost little")
 
 # sphinx_gallery_start_ignore
 last = {name: losses[-20:].mean().item() for name, losses in runs.items()}
-assert last["by groups"] < 1.5 * last["all dense"]
+assert last["by groups"] < last["all dense"]
 assert last["by groups"] < last["all diagonal"]
 assert state["by groups"] < state["all dense"] / 7
 # sphinx_gallery_end_ignore
 
 # %%
-# With blocks in the first layer the loss ends below that of diagonal factors
-# and near that of dense ones, with less than a seventh of the dense state.
+# With blocks in the first layer the loss ends below that of diagonal factors,
+# and here even below that of dense ones, with less than a seventh of the dense
+# state.
 #
 # Biases on their own
 # -------------------

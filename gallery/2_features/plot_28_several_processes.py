@@ -44,11 +44,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from sklearn.datasets import load_digits
 
 import singd
 
 PROCESSES = 2
 source = str(Path(singd.__file__).parent.parent)
+images, labels = map(torch.tensor, load_digits(return_X_y=True))
 
 # %%
 # The script
@@ -63,7 +65,6 @@ SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from singd import SINGD
@@ -72,9 +73,7 @@ dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.set_num_threads(1)
 torch.manual_seed(0)
-data = load_digits()
-images = torch.tensor(data.data) / 16
-labels = torch.tensor(data.target)
+images, labels = torch.load(sys.argv[2])
 
 model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 model = DistributedDataParallel(model.double())
@@ -111,10 +110,13 @@ def torchrun(processes):
     """Run the script; return the losses and the weights of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         script, result = Path(folder, "train.py"), Path(folder, "result.pt")
+        digits = Path(folder, "digits.pt")
         script.write_text(SCRIPT)
+        torch.save((images / 16, labels), digits)
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += ["--standalone", "--local-addr=127.0.0.1"]
-        command += [f"--nproc-per-node={processes}", str(script), str(result)]
+        command += [f"--nproc-per-node={processes}"]
+        command += map(str, (script, result, digits))
         environment = {
             **os.environ,
             "PYTHONPATH": source,

@@ -26,8 +26,8 @@ half precision. Gradients are unscaled before the step. SINGD's statistics
 
    G = \mathbb{E}[g g^\top]
 
-are gathered *during* backward, and would be off by :math:`s^2`. So SINGD is
-told of the scaler, and divides by itself.
+are gathered *during* backward, and would be :math:`s^2` times too large. So
+SINGD is told of the scaler, and divides them by :math:`s^2`.
 """
 
 import io

@@ -163,8 +163,8 @@ for ranks in RANKS:
 # sphinx_gallery_end_ignore
 
 # %%
-# The times are of this machine, where more processes than cores share the
-# cores. It is no speed of a cluster.
+# These times were measured on one machine, where processes may have to share
+# cores. They say nothing about the speed of a cluster.
 #
 # **Before you run on:** each process gets a smaller share of the batch. Will a
 # step be faster?
@@ -178,9 +178,9 @@ ax.set(ylabel="ms", title=f"A step with T=2, on {os.cpu_count()} core(s)")
 _ = ax.legend()
 
 # %%
-# Not where processes wait for a core. And the batch is divided, but the work
-# on the factors is not: each rank does all of it. Only ``shard_factors``
-# divides that, and pays by exchanging the natural gradients.
+# Not where processes have to wait for a core. And the batch is divided, but
+# the work on the factors is not: each rank does all of it. Only
+# ``shard_factors`` divides that, and pays by exchanging natural gradients.
 #
 # The plan
 # --------

@@ -185,8 +185,8 @@ assert where["kfac"] == len(RATES) - 1
 # better than AdamW here. Each step of a rule takes longer than one of AdamW,
 # in a network as small as this several times as long.
 #
-# What it costs, and what is new data's loss
-# ------------------------------------------
+# What it costs, and the loss on new data
+# ---------------------------------------
 
 
 def kilobytes(optimizer):
@@ -232,7 +232,7 @@ assert kept == ("U", "G", "U_inv", "G_inv")
 #    - One word changes the rule; all other options stay.
 #    - A grid must be the same for all, and its edge must be looked at.
 #    - Three seeds show which differences are none.
-#    - The rules share their memory, not their inverses.
+#    - All four keep equally many numbers; only ``"kfac"`` inverts.
 #
 # .. admonition:: Exercise
 #

@@ -215,7 +215,8 @@ assert found[-1] < 0.2 * floor
 # ----------------------------
 #
 # Two runs of SINGD, the same but for the labels of their curvature. A sampled
-# step needs a second forward and backward pass; with ``T=5`` only every fifth.
+# step needs a second forward and backward pass; with ``T=5`` only every fifth
+# step does.
 
 OPTIONS = {**PUBLISHED, "T": 5, "lr_cov": 0.2, "match_rms": 0.2}
 OPTIONS |= {"normalize_lr_cov": "spectral", "momentum_on": "gradient"}
@@ -254,8 +255,8 @@ assert abs(last["sampled"] - last["empirical"]) < 0.02
 
 # %%
 # Here it does not: the curves lie on each other, though the matrices differ.
-# What differs in scale only, ``match_rms`` takes out. Do not expect a faster
-# run from sampling; expect the right matrix.
+# Where they differ by a factor only, ``match_rms`` takes it out. Do not expect
+# a faster run from sampling; expect the right matrix.
 #
 # When not to use it
 # ------------------

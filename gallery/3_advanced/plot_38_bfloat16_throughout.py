@@ -2,10 +2,10 @@ r"""
 Can all of it be bfloat16? Weights, factors and momentum
 ========================================================
 
-Mixed precision keeps the weights in float32. This page keeps nothing in it:
-weights, factors, momentum and activations have eight bits. It trains SINGD and
-KFAC like this and in float32, at three dampings. So we see what it costs each
-of them, and where.
+Mixed precision keeps the weights in float32. Here nothing is: weights,
+factors, momentum and activations are bfloat16, whose numbers have eight
+significant bits. The page trains SINGD and KFAC like this and in float32, at
+three dampings. So we see what it costs each of them, and where.
 
 .. admonition:: What you will learn
 
@@ -23,9 +23,10 @@ KFAC inverts, and SINGD multiplies:
 
 .. math::
 
-   (U + \pi \sqrt\lambda \, I)^{-1}
-   \qquad \text{beside} \qquad
-   K \leftarrow K (I - \beta \, m_K) .
+   \begin{aligned}
+   \text{KFAC:} \quad & (U + \pi \sqrt\lambda \, I)^{-1} \\
+   \text{SINGD:} \quad & K \leftarrow K (I - \beta \, m_K) .
+   \end{aligned}
 
 Rounding :math:`U` can move its eigenvalues by up to about
 :math:`2^{-8} \lambda_{\max}`. If the damping is smaller than what they moved,
@@ -42,7 +43,7 @@ from torch.nn import functional as F
 from singd import SINGD
 from singd.rules import Kfac, Singd
 
-STEPS, BATCH, SEEDS, LR = 80, 64, 3, 0.01
+STEPS, BATCH, SEEDS, LR = 80, 64, 2, 0.01
 HALF, FULL = torch.bfloat16, torch.float32
 DAMPINGS = (1e-4, 1e-3, 1e-1)
 _ = torch.set_num_threads(1)
@@ -64,9 +65,10 @@ fig, ax = plt.subplots(figsize=(5.4, 3.6))
 ax.plot(exact, label="exact")
 ax.plot(rounded.where(rounded > 0, torch.nan), "--C1", label="rounded")
 wrong = (-rounded).where(rounded < 0, torch.nan)
-ax.plot(wrong, ":C3", label="rounded: minus this")
+ax.plot(wrong, ":C3", label="rounded, negative")
 ax.axhline(change, color="C7", label="largest change")
-ax.set(yscale="log", ylim=(1e-6, 50), xlabel="number", ylabel="eigenvalue")
+ax.set(yscale="log", ylim=(1e-6, 50), ylabel="size of the eigenvalue")
+ax.set_xlabel("eigenvalue, from the largest on")
 ax.set_title("Below a floor, eigenvalues are noise")
 _ = ax.legend()
 assert change < exact[0] / 2**8
@@ -119,7 +121,7 @@ def fit(rule, dtype, damping, seed):
 # --------------------
 #
 # Both take the same learning rate, because this page compares precisions, not
-# methods. Lines are medians of three seeds, bands are their ranges.
+# methods. Lines are means of two seeds, bands are their ranges.
 
 COLORS = {"SINGD": "C0", "KFAC": "C2"}
 fig, ax = plt.subplots(figsize=(5.4, 4))
@@ -133,7 +135,7 @@ for name, color in COLORS.items():
                 for damping in DAMPINGS
             ]
         )
-        middle[name, dtype] = runs.median(1).values
+        middle[name, dtype] = runs.mean(1)
         label = f"{name}, {'float32' if dtype == FULL else 'bfloat16'}"
         look = dict(color=color, linestyle=line, marker="o", label=label)
         ax.plot(DAMPINGS, middle[name, dtype], **look)
@@ -156,7 +158,7 @@ assert small["KFAC", HALF] > 1.1 * small["SINGD", HALF]
 # What bfloat16 costs
 # -------------------
 #
-# The same runs: how much larger is the median than in float32?
+# The same runs: how much larger is the mean than in float32?
 
 fig, ax = plt.subplots(figsize=(5.4, 3.4))
 cost = {n: middle[n, HALF] / middle[n, FULL] - 1 for n in COLORS}

@@ -98,8 +98,8 @@ print(f"in the state {bytes_kept / adamw:.2f}, counted {found.memory:.2f}")
 assert bytes_kept / adamw <= found.memory
 
 # %%
-# The state holds no more than was counted. What is missing there are the kept
-# products, which SINGD forms anew when it needs them.
+# The state holds no more than was counted. The products are not in it: SINGD
+# keeps them beside it, because it can form them anew from the factors.
 #
 # What a budget buys
 # ------------------
@@ -119,13 +119,13 @@ grid = torch.tensor([[5 - kinds.index(p) for p in ps] for ps in pairs]).T
 
 fig, ax = plt.subplots(figsize=(5.4, 3.8))
 picture = ax.imshow(grid, vmin=0, vmax=5, aspect="auto")
-ax.set_xticks(range(len(BUDGETS)), BUDGETS, fontsize=8)
+ax.set_xticks(range(len(BUDGETS)), BUDGETS, rotation=90)
 ax.set_yticks(range(len(names)), names)
 ax.set(xlabel="budget, AdamW's memory = 1", ylabel="layer")
 ax.set_title("Small layers become dense first")
 bar = fig.colorbar(picture, ticks=range(6))
 short = [", ".join(p).replace("diagonal", "diag") for p in kinds]
-_ = bar.ax.set_yticklabels(short[::-1], fontsize=8)
+_ = bar.ax.set_yticklabels(short[::-1], fontsize=9)
 
 assert all(a.memory <= m for a, m in zip(answers, BUDGETS))
 assert set(pairs[BUDGETS.index(2.5)]) == {("dense", "dense")}
@@ -191,7 +191,7 @@ assert measured[0] > estimated[0]
 # %%
 # Dense factors, the dearest, are dearest in both. At the cheap end the points
 # lie far above the line, so here a budget of time is *not* kept: small layers
-# make many calls, and to count multiplications does not see them. Take the
+# make many calls, which a count of multiplications does not see. Take the
 # estimate to sort structures, not as a promise.
 #
 # When not to use this
