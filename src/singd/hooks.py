@@ -231,6 +231,13 @@ class Watch:
             return
         collector.saw_forward()
         block, weight = collector.block_of.get(layer), cast(Tensor, layer.weight)
+        hooks = torch_private.forward_hooks(layer)
+        if not isinstance(next(iter(hooks.values())), Watch):
+            # a hook that a user put in front of ours may have changed the output; next time ours is first again
+            (mine,) = (key for key, hook in hooks.items() if hook is self)
+            hooks.move_to_end(mine, last=False)
+            collector.heard.discard(block)  # so that a warning tells of this forward
+            return
         wanted = output.requires_grad and weight.requires_grad
         if block is None or not wanted or not block.due or torch_private.in_functorch():
             return
@@ -271,9 +278,9 @@ class Leaving:
 
 
 def strided(t: Tensor) -> Tensor:
-    """A sparse tensor with its zeros, and a jagged one as all its rows; else the tensor itself."""
+    """A sparse tensor with its zeros, and a nested one as all its rows; else the tensor itself."""
     if t.is_nested:
-        return t.values()
+        return torch.cat(t.unbind())
     return t if t.layout == torch.strided else t.to_dense()
 
 
