@@ -32,13 +32,17 @@ class Witness:
         self.waits: dict[Block, tuple[Tensor, Any]] = {}  # random vectors u, the weight's hook
         self._seen: dict[Block, tuple[int, Tensor]] = {}  # the backward pass, the sum of g (a u)
 
-    def awaits(self, block: Block, layer: nn.Module) -> None:
-        """Before the first backward through a block: have a look at the gradient of its weight in it."""
+    def awaits(self, block: Block, layer: nn.Module) -> list[Any]:
+        """Before the first backward through a block: have a look at the gradient of its weight in it.
+
+        Returns:
+            The handle that takes the weight's hook off; none where nothing can be said.
+        """
         self.looked.add(block)
         weight: Any = layer.weight
         plain = weight.is_leaf and not hasattr(weight, "full_tensor")
         if not plain or weight.is_meta or weight.dtype == torch.float16:  # whose sums overflow
-            return
+            return []
         # of a generator of its own: the user's random numbers stay what they would be without
         own = torch.Generator(weight.device).manual_seed(0)
         kind: dict[str, Any] = dict(dtype=wide_dtype(weight.dtype), device=weight.device)
@@ -52,6 +56,7 @@ class Witness:
                 self._compare(block, layer, gradient)
 
         self.waits[block] = u, weight.register_hook(compare)
+        return [self.waits[block][1]]
 
     def gathers(self, block: Block, layer: Any, x: Tensor, g: Tensor) -> None:
         """Add the rows of one call in a backward pass."""
