@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from singd.torch_private import local_part
 from singd.weight_steps import MOMENTS
 
 Group = Mapping[str, Any]
+ADAMW = ("step", *MOMENTS)
+"""What it keeps of a parameter."""
 
 
 def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,9 +121,12 @@ def check(
     for p, state, saved in pairs(param_groups, state_dict):
         for key in ("momentum_buffer", *MOMENTS):
             if key in state:
-                _check_tensor(f"{key} of {names[p]!r}", state[key], tuple(p.shape))
+                what = f"{key} of {names[p]!r}"
+                _check_tensor(what, state[key], tuple(p.shape), p.is_complex())
         if p in blocks:
             _check_block(blocks[p], state, saved)
+        elif not state.keys().isdisjoint(ADAMW):
+            _check_adamw(names[p], state)
     for saved, group in zip(saved_groups, param_groups, strict=True):
         groups.check_names(saved, group)
         check_one = groups.check_values if group["algorithm"] == "singd" else groups.check_adamw
@@ -130,15 +136,30 @@ def check(
             raise ValueError(f"An option of the checkpoint has a wrong type: {error}") from error
 
 
-def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...]) -> None:
+def _check_tensor(what: str, tensor: Any, shape: tuple[int, ...], of_complex: bool = False) -> None:
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
         found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         raise ValueError(f"The checkpoint's {what} has {found}, but this optimizer needs {shape}.")
     values = local_part(tensor)
-    if not values.is_floating_point() or values.is_meta or not bool(values.isfinite().all()):
-        why = "on the meta device" if values.is_meta else f"{values.dtype} or not finite"
+    held = values.layout == torch.strided and not values.is_meta
+    numbers = values.is_floating_point() or (of_complex and values.is_complex())
+    if not held or not numbers or not bool(values.isfinite().all()):
+        why = f"{values.dtype} or not finite" if held else "sparse or on the meta device"
         raise ValueError(
             f"The checkpoint's {what} is {why}; it must hold finite floating-point numbers."
+        )
+
+
+def _check_adamw(name: str, state: Mapping[str, Any]) -> None:
+    """Its averages come together, with a count that torch keeps as a tensor, or kept as a number."""
+    step = state.get("step")
+    whole = all(key in state for key in MOMENTS)
+    if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta:
+        step = step.item()
+    if not whole or not isinstance(step, int | float) or not 0 <= step < math.inf or step is True:
+        raise ValueError(
+            f"The checkpoint must have {', '.join(ADAMW)} of {name!r}, step a count, got step {step!r} and "
+            f"{', '.join(key for key in state if key != 'step') or 'nothing else'}."
         )
 
 
@@ -161,7 +182,7 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
         _check_tensor(f"{name} of layer {block.name!r}", flat, (blueprint.numel,))
     for name in COUNTERS if state else ():
         count = state.get(name)
-        if not isinstance(count, int) or count < (-1 if name == "last_update" else 0):
+        if type(count) is not int or count < (-1 if name == "last_update" else 0):
             raise ValueError(
                 f"The checkpoint's {name} of layer {block.name!r} must be a count, got {count!r}."
             )
@@ -182,6 +203,11 @@ def complete(param_groups: Sequence[Group], state_dict: Mapping[str, Any]) -> di
         own = {"structures": group["structures"], "rule": group["rule"], "format": groups.FORMAT}
         completed.append({**mine, **copied(saved), **own})
     state = {index: copied(entry) for index, entry in state_dict["state"].items()}
+    for entry in state.values():
+        if "exp_avg" in entry:  # torch's kernels take a tensor of this kind only
+            entry["step"] = torch.as_tensor(
+                entry["step"], dtype=torch.float32, device="cpu"
+            ).reshape(())
     return {**state_dict, "state": state, "param_groups": completed}
 
 

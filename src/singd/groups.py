@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -187,7 +187,10 @@ def check_singd(group: Mapping[str, Any]) -> None:
 
 
 def check_before_step(
-    param_groups: Sequence[Mapping[str, Any]], seen: dict[int, Any], names: Mapping[Any, str]
+    param_groups: Sequence[Mapping[str, Any]],
+    seen: dict[int, Any],
+    names: Mapping[Any, str],
+    preconditioned: Collection[Any],
 ) -> None:
     """Check what a user may have changed in the groups since they were seen last, and the gradients.
 
@@ -195,6 +198,7 @@ def check_before_step(
         param_groups: The optimizer's.
         seen: What each of them said when it was checked last, by its number; brought up to date.
         names: Of all parameters.
+        preconditioned: The parameters that SINGD preconditions.
 
     Raises:
         RuntimeError: If a gradient is sparse.
@@ -204,6 +208,12 @@ def check_before_step(
     for i, group in enumerate(param_groups):
         said = {name: value for name, value in group.items() if name != "params"}
         if said != seen.get(i) or isinstance(group["lr"], Tensor):  # (a tensor changes in place)
+            mine = "singd" if any(p in preconditioned for p in group["params"]) else "adamw"
+            if group["params"] and group["algorithm"] != mine:
+                raise ValueError(
+                    f"The algorithm of group {i} cannot change to {group['algorithm']!r}, because its layers were "
+                    "prepared for the other one; build another optimizer."
+                )
             (check_values if group["algorithm"] == "singd" else check_adamw)(group)
             seen[i] = said
         for p in group["params"]:
@@ -319,6 +329,8 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
         ValueError: For a group without parameters.
     """
     params = as_list(params)
+    if not params:
+        raise ValueError("There are no parameters to train; a generator gives them once only.")
     found = params if params and isinstance(params[0], dict) else [{"params": params}]
     for group in found:
         if "params" not in group:

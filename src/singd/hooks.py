@@ -55,6 +55,7 @@ class Collector:
         block_of: The block of each layer.
         attempt: What the step has done that runs, or that failed.
         witness: Looks whether the calls of a layer make up its gradient.
+        handles: What takes the hooks off.
     """
 
     def __init__(self, grad_scaler: Any) -> None:
@@ -70,8 +71,8 @@ class Collector:
         self._said: Any = ()  # what the groups' options were when they were checked last
         self._draws = fisher.DRAWS[0]
         self.witness = Witness()
-        self._handles: list[Any] = []
-        weakref.finalize(self, _remove, self._handles)
+        self.handles: list[Any] = []
+        weakref.finalize(self, _remove, self.handles)
 
     def watch(self, blocks: Iterable[Block], params: Iterable[Tensor]) -> None:
         """Look up once which layers hand over rows, and hook them; hooks that do nothing are taken off."""
@@ -84,7 +85,7 @@ class Collector:
                 del hooks[key]
             if not any(isinstance(h, Watch) and h.collector() is self for h in hooks.values()):
                 hook = layer.register_forward_hook(Watch(self), with_kwargs=True, prepend=True)
-                self._handles.append(hook)
+                self.handles.append(hook)
 
     def saw_forward(self) -> None:
         """Note that a forward runs: what comes is another step than one that failed."""
@@ -200,9 +201,9 @@ class Collector:
     def detach(self) -> None:
         """Take the hooks off."""
         self.block_of = {}
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
 
 
 class Watch:
@@ -231,12 +232,19 @@ class Watch:
             return
         collector.saw_forward()
         block, weight = collector.block_of.get(layer), cast(Tensor, layer.weight)
+        hooks = torch_private.forward_hooks(layer)
+        if not isinstance(next(iter(hooks.values())), Watch):
+            # a hook that a user put in front of ours may have changed the output; next time ours is first again
+            (mine,) = (key for key, hook in hooks.items() if hook is self)
+            hooks.move_to_end(mine, last=False)
+            collector.heard.discard(block)  # so that a warning tells of this forward
+            return
         wanted = output.requires_grad and weight.requires_grad
         if block is None or not wanted or not block.due or torch_private.in_functorch():
             return
         x = strided(block.kind.input(args, kwargs))
         if block not in collector.witness.looked:
-            collector.witness.awaits(block, layer)
+            collector.handles += collector.witness.awaits(block, layer)
         if x.is_floating_point():
             # Under autocast the output is of a lower precision, and so is the input that the layer saw: a copy of
             # that is smaller, and unharmed if x changes in place.
@@ -271,9 +279,9 @@ class Leaving:
 
 
 def strided(t: Tensor) -> Tensor:
-    """A sparse tensor with its zeros, and a jagged one as all its rows; else the tensor itself."""
+    """A sparse tensor with its zeros, and a nested one as all its rows; else the tensor itself."""
     if t.is_nested:
-        return t.values()
+        return torch.cat(t.unbind())
     return t if t.layout == torch.strided else t.to_dense()
 
 

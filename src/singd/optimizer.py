@@ -163,6 +163,7 @@ class SINGD(torch.optim.Optimizer):
         self._plan = plan.Plan(model, groups.fallback_options(fallback, lr))
         self._blocks, self._names = self._plan.blocks, self._plan.names
         self._checked: dict[int, Any] = {}
+        self._group_of: dict[Any, dict[str, Any]] = {}
         if params is None:
             new = [{"params": self._plan.trainable(defaults, warn_unsupported)}]
         else:
@@ -186,7 +187,7 @@ class SINGD(torch.optim.Optimizer):
             ValueError: For an option out of range or a parameter that isn't the model's.
         """
         self._rebind_parameters()
-        group = groups.plain({**param_group, "params": groups.as_list(param_group["params"])})
+        group = groups.plain(groups.as_groups([param_group])[0])
         options = {**self.defaults, **group}
         groups.check_names(group, self.defaults)
         groups.check_choices(options, ["algorithm"])
@@ -206,7 +207,9 @@ class SINGD(torch.optim.Optimizer):
         """Look up once what hooks and steps need: each block's group, and each layer's block."""
         self._group_of = {p: g for g in self.param_groups for p in g["params"]}
         for block in self._blocks:
+            block.active &= block.weight in self._group_of  # else a user took its group away
             block.join(self.state, self._group_of)
+        self._ours = {p for block in self._blocks if block.active for p in block.params}
         self._collector.watch(self._blocks, self._group_of)
 
     @property
@@ -214,14 +217,14 @@ class SINGD(torch.optim.Optimizer):
         return {b.weight: b for b in self._blocks if b.active}
 
     def _rebind_parameters(self) -> None:
-        """Take up parameters that were replaced in the model, e.g. by ``load_state_dict(assign=True)``."""
+        """Take up what changed: groups, and parameters that ``load_state_dict(assign=True)`` replaced."""
         found = self._plan.replaced()
         for old, new in found.items():
             if old in self.state:
                 self.state[new] = self.state.pop(old)
             for group in self.param_groups:
                 group["params"] = [new if p is old else p for p in group["params"]]
-        if found:
+        if found or sum(len(g["params"]) for g in self.param_groups) != len(self._group_of):
             self._index()
 
     # -- statistics --------------------------------------------------------------------------------
@@ -269,7 +272,7 @@ class SINGD(torch.optim.Optimizer):
         self._rebind_parameters()
         if self.grad_scaler is not None or getattr(self, "found_inf", None) is not None:
             scaler.check(self, self.grad_scaler)
-        groups.check_before_step(self.param_groups, self._checked, self._names)
+        groups.check_before_step(self.param_groups, self._checked, self._names, self._ours)
         self._collector.check_sampled()
         lr_covs = {}
         for block in self._blocks:

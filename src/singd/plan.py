@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from singd import groups
@@ -104,11 +104,14 @@ class Plan:
             options: The same, completed.
 
         Raises:
+            TypeError: For what is no parameter.
             ValueError: For a parameter that isn't the model's, that nothing can train, or a bias that comes too
                 late.
         """
         params = set(map(groups.parameter, group["params"]))
         for p in params:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"A group needs parameters of the model, got {p!r}.")
             if p not in self.names:
                 shape = tuple(getattr(p, "shape", ()))
                 raise ValueError(f"A parameter of shape {shape} isn't one of the model's.")
@@ -126,11 +129,13 @@ class Plan:
                     )
                 ours.add(block.own_bias)
         rest = [p for p in group["params"] if groups.parameter(p) not in ours]
+        # checked also where nothing falls to it
+        adamw = groups.fallback_group(group, self.fallback)
         self._check_rest([groups.parameter(p) for p in rest], options["algorithm"])
         mine = [p for p in group["params"] if groups.parameter(p) in ours]
         found = [{**group, "params": mine}] if mine or not rest else []
         if rest:
-            found.append({**groups.fallback_group(group, self.fallback), "params": rest})
+            found.append({**adamw, "params": rest})
         return found
 
     def take(self, param_groups: Sequence[Mapping[str, Any]]) -> None:

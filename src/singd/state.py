@@ -144,7 +144,7 @@ class FactorState:
     def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
         """What the rule's direction needs; where it is kept, formed anew when the numbers have changed."""
         if not keep:
-            return rule.prepare(self.read(state, self.blueprints, device), keep=False)
+            return rule.prepare(self.accumulated(state, self.blueprints, device), keep=False)
         of = [(flat, version(flat)) for flat in map(state.get, self.blueprints) if flat is not None]
         known, value = self._prepared
         same = len(known) == len(of) and all(
@@ -152,7 +152,7 @@ class FactorState:
             for (f, v), (g, w) in zip(known, of, strict=True)
         )
         if not same:
-            value = rule.prepare(self.read(state, self.blueprints, device), keep=True)
+            value = rule.prepare(self.accumulated(state, self.blueprints, device), keep=True)
             here = [state[name] for name in self.blueprints if name in state]
             self._prepared = [(flat, version(flat)) for flat in here], value
         return value

@@ -107,8 +107,8 @@ def parameters_by_attribute(module: nn.Module) -> dict[str, nn.Parameter | None]
     return module._parameters
 
 
-def forward_hooks(module: nn.Module) -> dict[int, Any]:
-    """A module's forward hooks by their id, to be looked through."""
+def forward_hooks(module: nn.Module) -> Any:
+    """A module's forward hooks, an OrderedDict by their id, to be looked through."""
     return module._forward_hooks
 
 

@@ -276,7 +276,7 @@ def _moments(p: nn.Parameter, state: Mapping[str, Any], copy: bool) -> dict[str,
     wide = accumulation_dtype(p.dtype)
     if "exp_avg" not in state:
         averages = {name: torch.zeros_like(p, dtype=wide) for name in MOMENTS}
-        return {"step": torch.ones((), dtype=torch.float32), **averages}
+        return {"step": torch.ones((), dtype=torch.float32, device="cpu"), **averages}
     averages = {n: state[n].to(device=p.device, dtype=wide, copy=copy) for n in MOMENTS}
     return {"step": state["step"] + 1, **averages}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from singd import torch_private
 from singd.blocks import Block
+from singd.precision import wide_dtype
 
 PROBES = 8
 """How many random vectors the law is looked at with: one may be blind to what is missing."""
@@ -31,22 +32,21 @@ class Witness:
         self.waits: dict[Block, tuple[Tensor, Any]] = {}  # random vectors u, the weight's hook
         self._seen: dict[Block, tuple[int, Tensor]] = {}  # the backward pass, the sum of g (a u)
 
-    def awaits(self, block: Block, layer: nn.Module) -> None:
-        """Before the first backward through a block: have a look at the gradient of its weight in it."""
+    def awaits(self, block: Block, layer: nn.Module) -> list[Any]:
+        """Before the first backward through a block: have a look at the gradient of its weight in it.
+
+        Returns:
+            The handle that takes the weight's hook off; none where nothing can be said.
+        """
         self.looked.add(block)
         weight: Any = layer.weight
-        plain = (
-            weight.is_leaf
-            and not hasattr(weight, "full_tensor")
-            and getattr(layer, "groups", 1) == 1
-        )
-        if not plain or weight.is_meta or weight.dtype in (torch.float16, torch.bfloat16):
-            return
+        plain = weight.is_leaf and not hasattr(weight, "full_tensor")
+        if not plain or weight.is_meta or weight.dtype == torch.float16:  # whose sums overflow
+            return []
         # of a generator of its own: the user's random numbers stay what they would be without
         own = torch.Generator(weight.device).manual_seed(0)
-        u = torch.randn(
-            block.size[1], PROBES, dtype=weight.dtype, device=weight.device, generator=own
-        )
+        kind: dict[str, Any] = dict(dtype=wide_dtype(weight.dtype), device=weight.device)
+        u = torch.randn(block.size[1], PROBES, generator=own, **kind)
         if block.bias is not None:
             u[-1] = 0.0
 
@@ -56,10 +56,14 @@ class Witness:
                 self._compare(block, layer, gradient)
 
         self.waits[block] = u, weight.register_hook(compare)
+        return [self.waits[block][1]]
 
-    def gathers(self, block: Block, layer: nn.Module, x: Tensor, g: Tensor) -> None:
+    def gathers(self, block: Block, layer: Any, x: Tensor, g: Tensor) -> None:
         """Add the rows of one call in a backward pass."""
         u, _ = self.waits[block]
+        if (groups := _groups(layer)) > 1:  # their rows are means: of equal ones, here the first
+            channels = -1 - len(layer.kernel_size)
+            x = torch.cat([x.chunk(groups, channels)[0]] * groups, channels)
         rows: dict[str, Any] = dict(approx="expand", dtype=u.dtype)
         a = block.kind.input_rows(
             layer, x, bias=block.bias is not None, output_shape=g.shape, **rows
@@ -75,7 +79,8 @@ class Witness:
         handle.remove()
         del self.waits[block], self._seen[block]
         matrix = block.kind.weight_to_matrix(layer, gradient)
-        whole = matrix.to(u.dtype) @ u[: matrix.shape[1]]
+        first = matrix.shape[0] // _groups(layer)
+        whole, seen = matrix[:first].to(u.dtype) @ u[: matrix.shape[1]], seen[:first]
         size = torch.maximum(whole.norm(), seen.norm())
         if bool((whole - seen).norm() > TOLERANCE * size):  # (a comparison with nan is false)
             warnings.warn(
@@ -83,3 +88,8 @@ class Witness:
                 "so its factors are those of its calls only; call the layer itself wherever its weight is used.",
                 stacklevel=2,
             )
+
+
+def _groups(layer: Any) -> int:
+    """The channel groups of a convolution; one of other layers."""
+    return getattr(layer, "groups", 1)

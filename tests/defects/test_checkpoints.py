@@ -117,11 +117,19 @@ def test_a_hook_that_matches_parameters_by_name():
 # -- what is refused ---------------------------------------------------------------------------------
 
 
-def with_state(key, change):
+def with_state(key, change, of=0):
     def apply(saved):
-        saved["state"][0][key] = change(saved["state"][0][key])
+        saved["state"][of][key] = change(saved["state"][of][key])
 
     return apply
+
+
+NORM = 4
+"""The place of a parameter that AdamW trains, behind two layers."""
+
+
+def without(key, of):
+    return lambda saved: saved["state"][of].pop(key)
 
 
 def with_option(name, value):
@@ -140,8 +148,19 @@ WRONG = {
     "a factor with an inf": with_state("C", lambda C: C.clone().fill_(torch.inf)),
     "a factor without data": with_state("K", lambda K: K.to("meta")),
     "a momentum without data": with_state("momentum_buffer", lambda m: m.to("meta")),
+    "a sparse factor": with_state("K", lambda K: K.to_sparse()),
     "a step that is no count": with_state("step", lambda step: -3),
     "a step that is text": with_state("step", lambda step: "three"),
+    "a step that is a switch": with_state("step", lambda step: True),
+    "AdamW's step that is nan": with_state("step", lambda step: step * torch.nan, NORM),
+    "AdamW's step that is no count": with_state("step", lambda step: step * 0 - 1, NORM),
+    "AdamW's step that is two": with_state("step", lambda step: torch.stack([step, step]), NORM),
+    "AdamW's step without data": with_state("step", lambda step: step.to("meta"), NORM),
+    "AdamW's step that is nothing": with_state("step", lambda step: None, NORM),
+    "AdamW's step that is lost": without("step", NORM),
+    "an average without the other": without("exp_avg_sq", NORM),
+    "the other average alone": without("exp_avg", NORM),
+    "a sparse average": with_state("exp_avg", lambda t: t.to_sparse(), NORM),
     "an unknown option": with_option("dampening_of_old", 0.1),
     "an option that cannot be": with_option("T", 0),
     "a format that is no number": with_option("format", "new"),
@@ -161,6 +180,60 @@ def test_a_checkpoint_that_cannot_be_trained_on_is_refused_as_a_whole(name):
     after = other.state_dict()
     assert str(after) == str(before)
     run(model, other)
+
+
+def test_adamws_steps_of_another_optimizer_are_read():
+    """torch keeps them as tensors, and older versions of it as numbers."""
+    _, optimizer = trained()
+    for kind in (
+        torch.as_tensor,
+        float,
+        int,
+        lambda step: step.reshape(1),
+        lambda step: step.double(),
+    ):
+        saved = optimizer.state_dict()
+        with_state("step", kind, NORM)(saved)
+        model, other = trained()
+        other.load_state_dict(saved)
+        run(model, other)
+
+
+def test_a_complex_parameter_resumes():
+    """AdamW trains it, with averages that are complex too."""
+
+    def build():
+        torch.manual_seed(0)
+        model = nn.ParameterList([torch.randn(2, 2, dtype=torch.complex128)])
+        return model, SINGD(model, **FAST)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model[0].abs().square().sum().backward()
+        optimizer.step()
+
+    (model, optimizer), (twin, other) = build(), build()
+    step(model, optimizer)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    step(model, optimizer)
+    step(twin, other)
+    assert torch.equal(model[0], twin[0])
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"] * torch.nan
+    with pytest.raises(ValueError, match="exp_avg"):
+        other.load_state_dict(saved)
+
+
+def test_a_default_device_is_not_where_the_steps_are_counted():
+    """Of what AdamW keeps, only the averages are on the parameter's device."""
+    model = mlp()
+    optimizer = SINGD(model, **FAST)
+    with torch.device("meta"):
+        optimizer.zero_grad()
+        model(torch.ones(8, 4, dtype=F64, device="cpu")).square().mean().backward()
+        optimizer.step()
+    trained()[1].load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("bad", [{}, {"state": {}}, [], None], ids=str)

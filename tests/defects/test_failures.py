@@ -11,6 +11,7 @@ import torch.distributed as dist
 from published import FAST, PUBLISHED
 from torch import nn
 
+import singd
 from singd import SINGD, register_structure
 from singd.structures import Dense
 
@@ -199,6 +200,21 @@ def test_a_float16_factor_never_becomes_infinite():
     assert sum("layer '0'" in str(w.message) for w in told) == 1
     assert all_finite(optimizer)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The factors of layer"
+)  # the published step on them has no bound
+@pytest.mark.parametrize("options", [{}, FAST], ids=["defaults", "published"])
+def test_a_gradient_that_float16_cannot_hold_spoils_no_weight(options):
+    """The factors are narrower than the gradient that they precondition."""
+    model = nn.Sequential(nn.Linear(5, 3))
+    optimizer = singd.SINGD(model, **options, preconditioner_dtype=torch.float16)
+    (1e3 * model(500 * torch.randn(16, 5)).square().mean()).backward()
+    assert model[0].weight.grad.isfinite().all() and model[0].weight.grad.abs().max() > 65_504
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all_finite(optimizer)
 
 
 def one_loss_too_large(**options):

@@ -122,6 +122,23 @@ def test_a_frozen_weights_bias_trains_alike_however_it_was_handed_over():
         torch.testing.assert_close(p, q, rtol=0, atol=0, msg=name)
 
 
+def test_what_is_taken_out_of_the_groups_stays():
+    """As with torch's own optimizers; and it trains on once it is handed over again."""
+    model = mixed()
+    groups = [{"params": part.parameters()} for part in (model.first, model.last, model.norm)]
+    optimizer = SINGD(model, groups, **FAST)
+    run(model, optimizer, steps=2)
+    group = optimizer.param_groups.pop(0)
+    before = copy.deepcopy(model.state_dict())
+    run(model, optimizer, steps=2)
+    moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+    assert moved == {"last.weight", "last.bias", "norm.weight", "norm.bias"}
+    optimizer.add_param_group({"params": group["params"]})
+    run(model, optimizer)
+    assert not torch.equal(model.first.weight, before["first.weight"])
+    assert optimizer.stats()["first"]["age"] == 0
+
+
 # -- a group's own options ---------------------------------------------------------------------------
 
 
@@ -159,8 +176,9 @@ def test_what_a_group_says_overrides_the_fallback_for_its_norms(own):
 @pytest.mark.parametrize("bad", [{"betas": (2, 3)}, {"betas": 0.9}, {"eps": -1.0}])
 def test_adamws_options_in_a_group_are_checked(bad):
     model = mixed()
-    with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
-        SINGD(model, [{"params": model.parameters(), **bad}], **FAST)
+    for params in (model.parameters(), model.last.parameters()):  # also where none falls to AdamW
+        with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
+            SINGD(model, [{"params": params, **bad}], **FAST)
 
 
 # -- schedules ---------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def trained():
 
 def hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+    on_parameters = sum(len(p._backward_hooks or ()) for p in model.parameters())
+    return on_parameters + sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
 
 
 def test_detach_takes_the_hooks_off_and_the_factors_stay():
@@ -52,6 +53,19 @@ def test_detach_takes_the_hooks_off_and_the_factors_stay():
 
 def test_hooks_go_with_their_optimizer():
     model, optimizer = trained()
+    del optimizer
+    gc.collect()
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("end", ["detach", "delete"])
+def test_a_forward_without_a_backward_leaves_no_hook(end):
+    """Not on the weights either, whose gradients the first backward pass would have looked at."""
+    model = mlp()
+    optimizer = SINGD(model, **FAST)
+    model(torch.randn(8, 5))
+    if end == "detach":
+        optimizer.detach()
     del optimizer
     gc.collect()
     assert hooks(model) == 0

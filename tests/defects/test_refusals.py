@@ -80,13 +80,14 @@ def test_sparse_inputs_are_dense_ones_with_zeros(layout):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_jagged_batch_is_all_its_rows():
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_a_nested_batch_is_all_its_rows(layout):
     layer = nn.Linear(5, 3).to(F64)
     twin = copy.deepcopy(layer)
     optimizer, other = (SINGD(m, **{**FAST, "loss_average": None}) for m in (layer, twin))
     parts = [torch.randn(n, 5, dtype=F64) for n in (2, 4, 3)]
-    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
-    layer(jagged).values().square().mean().backward()
+    y = layer(torch.nested.nested_tensor(parts, layout=layout))
+    torch.cat(y.unbind()).square().mean().backward()
     twin(torch.cat(parts)).square().mean().backward()
     optimizer.step()
     other.step()
@@ -123,8 +124,26 @@ def test_a_group_with_a_mistyped_key_is_refused():
     model = mlp()
     with pytest.raises((ValueError, KeyError), match="param"):
         SINGD(model, [{"param": list(model.parameters())}], **FAST)
+    with pytest.raises(ValueError, match="needs 'params', got only 'param'"):
+        SINGD(model, model[0].parameters(), **FAST).add_param_group({"param": model[2].weight})
     with pytest.raises(ValueError, match="'weight_decy'.*weight_decay"):
         SINGD(model, [{"params": model.parameters(), "weight_decy": 0.1}], **FAST)
+
+
+def test_no_parameters_are_refused_as_by_torch():
+    """They may come from a generator that another optimizer has used up."""
+    model = mlp()
+    params = model.parameters()
+    SINGD(model, params, **FAST)
+    with pytest.raises(ValueError, match="no parameters"):
+        SINGD(model, params, **FAST)
+    SINGD(model, [{"params": []}], **FAST)  # a group that is to be filled is none of its business
+
+
+@pytest.mark.parametrize("params", [{"params": []}, ["0.weight"], [None]], ids=str)
+def test_what_is_no_parameter_is_named(params):
+    with pytest.raises(TypeError, match="parameters.*got (None|'params'|'0.weight')"):
+        SINGD(mlp(), params, **FAST)
 
 
 def test_a_set_of_parameters_is_refused():
@@ -175,6 +194,7 @@ CHANGES = [
     {"damping": -1.0},
     {"kfac_approx": "both"},
     {"structures": ("diagonal", "dense")},
+    {"algorithm": "adamw"},
 ]
 
 
@@ -193,6 +213,19 @@ def test_an_option_set_to_what_cannot_be_in_mid_run_is_named_and_changes_nothing
     group[name] = kept
     for a, b in zip(optimizer.factors("0"), factors, strict=True):
         assert torch.equal(a.dense(), b.dense())
+    one_step(model, optimizer)
+
+
+@pytest.mark.parametrize("own", [{}, {"betas": (0.9, 0.99), "eps": 1e-8}], ids=str)
+def test_a_group_stays_with_its_algorithm(own):
+    """Which layers are preconditioned was decided when the group came."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4)).to(F64)
+    optimizer = SINGD(model, [{"params": model.parameters(), **own}], **FAST)
+    for group, other in zip(optimizer.param_groups, ("adamw", "singd"), strict=True):
+        kept, group["algorithm"] = group["algorithm"], other
+        with pytest.raises(ValueError, match="algorithm"):
+            one_step(model, optimizer)
+        group["algorithm"] = kept
     one_step(model, optimizer)
 
 

@@ -123,6 +123,35 @@ def test_a_hook_that_returns_something_else_is_no_trouble(hook):
     assert not torch.equal(optimizer.factors("").K.dense(), torch.eye(6, dtype=F64))
 
 
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda m, a, y: 0.1 * y,
+        lambda m, a, y: (0.1 * y, None),
+        lambda m, a, y: (0.1 * y).sum(-1, keepdim=True),
+        lambda m, a, y: {"y": 0.1 * y},
+    ],
+    ids=["scaled", "a tuple", "another shape", "a dict"],
+)
+def test_a_hook_that_was_put_in_front_afterwards_is_not_the_layer(hook):
+    """Ours goes to the front again; it cannot tell what the first output was, and a warning names the layer."""
+    model, optimizer, twin, other = pair(None)
+    model.layer.register_forward_hook(hook, prepend=True)
+    x = torch.randn(12, 5, dtype=F64)
+
+    def loss(y):
+        y = y["y"] if isinstance(y, dict) else y[0] if isinstance(y, tuple) else y
+        return y.square().sum(-1).mean()
+
+    with pytest.warns(UserWarning, match="Layer 'layer' .* not seen"):
+        one_step(model, optimizer, x, loss)
+    optimizer.zero_grad()
+    twin.load_state_dict(model.state_dict())
+    one_step(model, optimizer, x, loss)
+    one_step(twin, other, x, lambda y: loss(hook(None, None, y)))
+    assert_same_factors(optimizer, "layer", other, "layer")
+
+
 def test_a_factor_that_is_edited_in_place_is_the_one_that_is_used():
     moves = []
     for cache in (True, False):
@@ -157,6 +186,31 @@ def test_a_layer_that_is_seen_in_part_is_named_once(forward):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one_step(model, optimizer, x)
+
+
+GROUPED = {
+    "conv": (nn.Conv1d(4, 6, 2, groups=2), torch.randn(12, 4, 5)),
+    "depthwise": (nn.Conv2d(4, 4, 3, groups=4, padding=1), torch.randn(12, 4, 5, 5)),
+    "transposed": (nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), torch.randn(12, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["linear", *GROUPED])
+def test_a_layer_of_any_kind_that_is_seen_in_part_is_named(name, dtype):
+    layer, x = GROUPED.get(name, (nn.Linear(5, 3), torch.randn(12, 5)))
+    layer, x = copy.deepcopy(layer).to(dtype), x.to(dtype)
+    for forward in (None, beside_its_forward):
+        model = Once(layer, forward)
+        optimizer = SINGD(model, **FAST)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for part in x.split(6):
+                model(part).square().mean().backward()
+            optimizer.step()
+        assert [str(w.message)[:29] for w in told] == ["Layer 'layer' is seen in part"] * (
+            forward is not None
+        )
 
 
 def test_looking_at_layers_leaves_the_users_random_numbers_alone():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,13 @@ from small import OPTIONS, Small, batch, build, train
 from torch import nn
 
 from singd import structure
+from singd.groups import FORMAT
 
 STORED = Path(__file__).parent.parent / "data" / "checkpoint_format_1.pt"
+FILES = sorted(STORED.parent.glob("checkpoints_of_format_*.pt"))
+
+sys.path.append(str(STORED.parent))
+import make_checkpoint as made  # noqa: E402
 
 
 def through_a_file(value):
@@ -322,3 +328,42 @@ def test_a_stored_checkpoint_of_format_1_stays_readable():
     train(model, optimizer, range(saved["step"], saved["step"] + 4))
     for key, value in model.state_dict().items():  # of another machine's arithmetic
         torch.testing.assert_close(value, saved["model 4 steps later"][key], rtol=0, atol=1e-5)
+
+
+def stored(path, case):
+    return torch.load(path, weights_only=True)[case]
+
+
+@pytest.mark.parametrize("case", made.CASES)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_past_versions_wrote_stays_readable(path, case):
+    """Of each rule, and of several structures and dtypes; training goes on as it did then."""
+    saved = stored(path, case)
+    model, optimizer = made.build(case, seed=5)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for index, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        for key, value in saved["optimizer"]["state"][index].items():
+            assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value))
+    train(model, optimizer, range(made.STEPS, made.STEPS + made.LATER))
+    atol = 1e-4 if case == "half" else 1e-5  # of another machine's arithmetic
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, saved["later"][key], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", made.CASES)
+def test_what_this_version_writes_is_stored(case):
+    """Else it writes something that no test will read: run tests/data/make_checkpoint.py again."""
+    newest = max(path for path in FILES if path.stem.split("_")[3] == str(FORMAT))
+    then = stored(newest, case)["optimizer"]
+    model, optimizer = made.build(case)
+    train(model, optimizer, range(made.STEPS))
+    now = optimizer.state_dict()
+    assert [list(g) for g in now["param_groups"]] == [list(g) for g in then["param_groups"]]
+    for index, entry in now["state"].items():
+        for key, value in entry.items():
+            old = then["state"][index][key]
+            assert type(value) is type(old)
+            if torch.is_tensor(value):
+                assert (value.dtype, value.shape) == (old.dtype, old.shape)
+        assert entry.keys() == then["state"][index].keys()
