@@ -121,8 +121,8 @@ def colour(part):
 
 
 def compare(*tasks):
-    size = (5.5, 4.2 * len(tasks))
-    _, axes = plt.subplots(len(tasks), figsize=size, squeeze=False)
+    n = len(tasks)
+    _, axes = plt.subplots(n, figsize=(5.5, 4.2 * n), squeeze=False)
     for ax, task in zip(axes.flat, tasks):
         parts = [part for part in order if (task, part) in rows]
         for i, part in enumerate(parts):

@@ -4,8 +4,8 @@ Run once per format, from the repository's root; with a word, for a later versio
 
     PYTHONPATH=src:tests:tests/models_and_loops python tests/data/make_checkpoint.py [WORD]
 
-There are checkpoints of format 2 by the first version that wrote it, and by a later one. The one of format 1 was made
-alike, with the published options only.
+There are checkpoints of format 2 by the first version that wrote it, and by a later one. The one of format 1 was
+made alike, with the published options only.
 """
 
 import copy
