@@ -160,17 +160,17 @@ assert all(end["AdamW"] < 0.8 * d for n, d in end.items() if n != "AdamW")
 rotated = compare(rotated=True)
 # sphinx_gallery_start_ignore
 end = {name: distance for name, (distance, *_) in rotated.items()}
-assert all(end["dense"] < d / 2 for n, d in end.items() if n != "dense")
+assert all(end["dense"] < d / 1.5 for n, d in end.items() if n != "dense")
 assert end["AdamW"] > 5 * aligned["AdamW"][0]
-assert aligned["dense"][0] / 2 < end["dense"] < 2 * aligned["dense"][0]
+assert aligned["dense"][0] / 3 < end["dense"] < 3 * aligned["dense"][0]
 assert end["Muon"] < end["blocks"]
 found = *aligned.values(), *rotated.values()
 assert all(LRS[0] < lr < LRS[-1] for *_, lr in found)  # neighbours were tried
 # sphinx_gallery_end_ignore
 
 # %%
-# AdamW ends more than five times farther away than without the rotation. Dense
-# factors hardly notice it, and come more than twice as close as the others.
+# AdamW ends more than five times farther away than without the rotation, dense
+# factors less than three times, and a third closer than any of the others.
 # SINGD's default, the blocks, loses: Muon comes closer.
 #
 # Which directions are missing
