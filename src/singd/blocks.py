@@ -85,9 +85,19 @@ class Block:
         return self._due[1] and here
 
     def join(self, states: Mapping[Any, Any], group_of: Mapping[Any, Any]) -> None:
-        """Take the optimizer's state, and the group that the weight is in."""
+        """Take the optimizer's state, and the group that the weight is in; without one it takes part no more.
+
+        Raises:
+            ValueError: If the bias alone is in no group any more.
+        """
         self.states = states
-        if self.active and self.weight in group_of:
+        self.active &= self.weight in group_of
+        if self.active:
+            if self.bias is not None and self.bias not in group_of:
+                raise ValueError(
+                    f"The bias of layer {self.name!r} cannot be taken out of the groups, because it is a column "
+                    "of the layer's matrix; to keep it as it is, call its requires_grad_(False)."
+                )
             self.group = group_of[self.weight]
 
     def rebind(self, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -205,10 +205,10 @@ class SINGD(torch.optim.Optimizer):
 
     def _index(self) -> None:
         """Look up once what hooks and steps need: each block's group, and each layer's block."""
-        self._group_of = {p: g for g in self.param_groups for p in g["params"]}
+        group_of = {p: g for g in self.param_groups for p in g["params"]}
         for block in self._blocks:
-            block.active &= block.weight in self._group_of  # else a user took its group away
-            block.join(self.state, self._group_of)
+            block.join(self.state, group_of)
+        self._group_of = group_of
         self._ours = {p for block in self._blocks if block.active for p in block.params}
         self._collector.watch(self._blocks, self._group_of)
 

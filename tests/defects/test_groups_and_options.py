@@ -139,6 +139,26 @@ def test_what_is_taken_out_of_the_groups_stays():
     assert optimizer.stats()["first"]["age"] == 0
 
 
+def test_a_bias_cannot_be_taken_out_alone():
+    """It is a column of its layer's matrix; what says so changes nothing."""
+    model = mixed()
+    optimizer = SINGD(model, **FAST)
+    run(model, optimizer)
+    group, bias = optimizer.param_groups[0], model.first.bias
+    kept = list(group["params"])
+    group["params"] = [p for p in kept if p is not bias]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="bias of layer 'first'.*requires_grad_"):
+        run(model, optimizer)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    group["params"] = kept
+    bias.requires_grad_(False)  # which the sentence recommends
+    bias.grad = None
+    run(model, optimizer)
+    assert torch.equal(bias, before["first.bias"])
+    assert not torch.equal(model.first.weight, before["first.weight"])
+
+
 # -- a group's own options ---------------------------------------------------------------------------
 
 
