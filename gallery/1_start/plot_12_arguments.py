@@ -140,14 +140,14 @@ assert last(tuned["SINGD"][0.1]).min() > last(adamw).mean()
 
 CHANGES = (
     *(dict(damping=value) for value in (0.003, 0.3, 3.0)),
-    *(dict(lr_cov=value) for value in (0.01, 0.5)),
+    dict(lr_cov=0.5),
     *(dict(T=value) for value in (10, 100)),
     dict(structures=("dense", "dense")),
     dict(structures=("block8diagonal", "diagonal")),
     dict(structures=("diagonal", "diagonal")),
     *(dict(momentum=value) for value in (0.0, 0.99)),
     dict(momentum_on="direction"),
-    *(dict(match_rms=value) for value in (0.2, None)),
+    dict(match_rms=0.2),
 )
 
 
@@ -178,14 +178,13 @@ _ = ax.legend(loc="upper right", framealpha=1)
 ratio = {
     n: (last(r).mean() / last(base).mean()).item() for n, r in runs.items()
 }
-forgiven = "damping=0.003 damping=0.3 lr_cov=0.01 lr_cov=0.5 momentum=0.0"
+forgiven = "damping=0.003 damping=0.3 lr_cov=0.5 momentum=0.0"
 decisive = (
     "damping=3.0 T=100 momentum=0.99 momentum_on=direction match_rms=0.2"
 )
 assert all(ratio[name] < 1.6 for name in forgiven.split())
 assert all(ratio[name] > 3 for name in decisive.split())
 assert 1.2 < ratio["T=10"] < 2
-assert 1.2 < ratio["match_rms=None"] < 2
 assert 1.2 < ratio["block8diagonal,\ndiagonal"] < 2
 assert ratio["diagonal,\ndiagonal"] > 3
 assert last(runs["dense,\ndense"]).min() < last(base).max()
@@ -206,14 +205,13 @@ assert {*inspect.signature(SINGD).parameters} == {*SWITCHES.split(), *changed}
 # %%
 # Blue is the range of the defaults, orange that of AdamW at its best rate.
 #
-# - *Forgiving:* ``damping`` ten times smaller or larger, ``lr_cov``, and even
-#   no ``momentum``, stay within 1.6 times the default's loss.
+# - *Forgiving:* ``damping`` ten times smaller or larger, ``lr_cov`` five times
+#   larger, and even no ``momentum``, stay within 1.6 times the default's loss.
 # - *Decisive:* a ``damping`` of 3, ``momentum`` of 0.99, and the momentum
 #   after the preconditioner (``momentum_on="direction"``, as published) cost
 #   more than three times the loss. The last is no better than AdamW.
 # - ``match_rms`` is the unit of ``lr``: with 0.2 the steps are a fifth, as
-#   with a fifth of the rate. With None the size is that of the natural
-#   gradient. That 0.03 nearly fits then is luck.
+#   with a fifth of the rate.
 #
 # structures: which entries there are
 # -----------------------------------

@@ -215,14 +215,22 @@ assert dense > gradient > blocks > diagonal
 # .. dropdown:: Solution
 #
 #    Another model: a sample of rank 1 now weighs three times as much as one of
-#    rank 0.
+#    rank 0. One gradient shows it, and needs no second process:
 #
 #    .. code-block:: python
 #
-#        SCRIPT = SCRIPT.replace("(loss * (ranks * len(mine) / 64))", "loss")
-#        losses_3, weights_3 = torchrun(PROCESSES)
-#        pairs = zip(weights, weights_3, strict=True)
-#        assert max((a - b).abs().max().item() for a, b in pairs) > 1e-3
+#        layer, loss = torch.nn.Linear(64, 10), torch.nn.CrossEntropyLoss()
+#        x, y = images[:64].float() / 16, labels[:64]
+#
+#        def gradient(*factors):
+#            parts = zip(factors, x.split([48, 16]), y.split([48, 16]))
+#            total = sum(c * loss(layer(a), b) for c, a, b in parts) / 2
+#            return torch.autograd.grad(total, layer.weight)[0]
+#
+#        whole = torch.autograd.grad(loss(layer(x), y), layer.weight)[0]
+#        right = gradient(2 * 48 / 64, 2 * 16 / 64)
+#        assert torch.allclose(right, whole, atol=1e-6)
+#        assert (gradient(1, 1) - whole).norm() > 0.1 * whole.norm()
 #
 # Where to go next:
 # :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py` on
