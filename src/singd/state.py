@@ -7,6 +7,7 @@ kept between updates, and with ``shard_factors`` what another process handed out
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -116,9 +117,9 @@ class FactorState:
         sums = [v.sum(dtype=wide_dtype(v.dtype)) for v in numbers.values()]
         if not sums:  # a rule that keeps nothing
             return numbers
+        if sums[0].device.type == "cpu":
+            return numbers if some and all(map(math.isfinite, map(float, sums))) else None
         finite = torch.stack(sums).isfinite().all()
-        if finite.device.type == "cpu":
-            return numbers if finite and bool(some) else None
         return {n: torch.where(finite & some, v, state[n]) for n, v in numbers.items()}
 
     def flat(
@@ -136,9 +137,9 @@ class FactorState:
     ) -> bool:
         """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
         return any(
-            bool(new[name].abs().amax() > 10 * state[name].abs().amax())
+            bool(_norm(new[name]) > 10 * _norm(state[name]))
             for name in names
-            if new[name].device.type == "cpu" and new[name].numel()
+            if new[name].device.type == "cpu"
         )
 
     def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
@@ -159,3 +160,7 @@ class FactorState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}, "_prepared": ((), None)}
+
+
+def _norm(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dtype=wide_dtype(v.dtype))

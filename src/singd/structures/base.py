@@ -170,11 +170,12 @@ class StructuredMatrix(ABC):
         """Apply a function to each tensor, together with those of other matrices of the same structure."""
         values = []
         for name, is_static in _field_names(type(self)):
-            mine, theirs = getattr(self, name), [getattr(A, name) for A in others]
-            if isinstance(mine, StructuredMatrix):
-                mine = mine.map(function, *theirs)
-            elif not is_static:
-                mine = function(mine, *theirs)
+            mine = getattr(self, name)
+            if not is_static:
+                theirs = [getattr(A, name) for A in others]
+                # (whether it is a structured matrix takes longer to ask)
+                tensor = isinstance(mine, Tensor)
+                mine = function(mine, *theirs) if tensor else mine.map(function, *theirs)
             values.append(mine)
         return type(self)(*values)
 
@@ -273,11 +274,9 @@ class StructuredMatrix(ABC):
         """The stored tensors, in a fixed order."""
         found: list[Tensor] = []
         for name, is_static in _field_names(type(self)):
-            value = getattr(self, name)
-            if isinstance(value, StructuredMatrix):
-                found += value.tensors()
-            elif not is_static:
-                found.append(value)
+            if not is_static:
+                value = getattr(self, name)
+                found += [value] if isinstance(value, Tensor) else value.tensors()
         return found
 
     def _first(self) -> Tensor:

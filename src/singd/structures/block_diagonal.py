@@ -52,9 +52,10 @@ class BlockDiagonal(StructuredMatrix):
         top, bottom = self._split(X)
         if torch.is_grad_enabled() or X.numel() < LARGE:  # (autograd writes into no given memory)
             return torch.cat([(blocks @ top).flatten(0, 1), last @ bottom])
-        # Both products into one place, instead of a copy of them, and in the layout of X: that of a gradient's
-        # transpose, so that a weight, which is stored by rows, will not be met column by column.
-        out = torch.empty_like(X)
+        # Both products into one place, instead of a copy of them. By rows, torch multiplies all blocks at once.
+        # Large ones are better off in the layout of X: that of a gradient's transpose, so that a weight, which
+        # is stored by rows, will not be met column by column.
+        out = torch.empty_like(X) if top[0].numel() >= 2 * LARGE else X.new_empty(X.shape)
         head, tail = self._split(out)
         torch.bmm(blocks, top, out=head)
         torch.mm(last, bottom, out=tail)
