@@ -138,17 +138,18 @@ tiny = defaults["tiny"]
 ratio = tiny["SINGD step_ms"] / tiny["AdamW step_ms"]
 print(f"a thousand layers of 8 x 8: {ratio:.1f} times AdamW's step")
 # sphinx_gallery_start_ignore
-assert ratio > 2
+assert ratio < 2
 for network in NETWORKS:
     cost = {r["name"]: r["ms"] for r in defaults[network]["contenders"]}
-    assert cost["diagonal"] < 1.25 * cost["AdamW"]
-    limit = 1.75 if network == "mlp" else 1.2
+    assert cost["diagonal"] < 1.1 * cost["AdamW"]
+    limit = 1.5 if network == "mlp" else 1.2
     assert cost["as they are"] < limit * cost["AdamW"]
 # sphinx_gallery_end_ignore
 # %%
-# An iteration takes less than 1.25 of AdamW's with diagonal factors, and with
-# the default ones less than 1.75; on the larger networks less than 1.2. Tiny
-# layers are dear, because each needs calls of its own.
+# An iteration takes less than 1.1 of AdamW's with diagonal factors, and with
+# the default ones less than 1.5; on the larger networks less than 1.2. Tiny
+# layers of equal shape share calls, so that a thousand of them take less than
+# twice AdamW's step.
 #
 # Next to the published package
 # -----------------------------
@@ -267,7 +268,7 @@ assert all(peak[n] < peak[f"published {n}"] / 3 for n in ours)
 # Another optimizer is the better buy where
 #
 # - your loss falls as fast with AdamW, which is simpler;
-# - your network is tiny: calls are all that costs, and updates make many;
+# - your layers are tiny: calls are all that costs, and updates make many;
 # - only dense factors help, and your layers are wide.
 #
 # A cost says nothing about what a step is worth.
