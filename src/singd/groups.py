@@ -183,7 +183,20 @@ def check_singd(group: Mapping[str, Any]) -> None:
         ValueError: For a value out of range; the sentence names the choices.
     """
     check_values(group)
-    _check_rule(group)
+    rule = find_rule(group["rule"])
+    if group["kfac_like"] and rule.name not in ("singd", "ikfac"):
+        raise ValueError(
+            f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
+        )
+    specs = resolve(group["structures"])
+    if type(rule).refusal is Rule.refusal:
+        return  # it refuses none, so none is made: a user's structure may not exist in size 1
+    for spec in specs:
+        works_with = rule.refusal(spec(1, device="meta"))
+        if works_with is not None:
+            raise ValueError(
+                f"The rule {rule.name!r} works with {works_with} only, got the structure {spec.name!r}."
+            )
 
 
 def check_before_step(
@@ -237,23 +250,6 @@ def check_values(group: Mapping[str, Any]) -> None:
     check_choices(group, CHOICES)
     _check_switches(group, SWITCHES)
     dtypes(group["preconditioner_dtype"])
-
-
-def _check_rule(group: Mapping[str, Any]) -> None:
-    rule = find_rule(group["rule"])
-    if group["kfac_like"] and rule.name not in ("singd", "ikfac"):
-        raise ValueError(
-            f"kfac_like=True means rule='ikfac', but rule is {rule.name!r}; give one of them."
-        )
-    specs = resolve(group["structures"])
-    if type(rule).refusal is Rule.refusal:
-        return  # it refuses none, so none is made: a user's structure may not exist in size 1
-    for spec in specs:
-        works_with = rule.refusal(spec(1, device="meta"))
-        if works_with is not None:
-            raise ValueError(
-                f"The rule {rule.name!r} works with {works_with} only, got the structure {spec.name!r}."
-            )
 
 
 def check_names(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -331,7 +327,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     params = as_list(params)
     if not params:
         raise ValueError("There are no parameters to train; a generator gives them once only.")
-    found = params if params and isinstance(params[0], dict) else [{"params": params}]
+    found = params if isinstance(params[0], dict) else [{"params": params}]
     for group in found:
         if "params" not in group:
             raise ValueError(

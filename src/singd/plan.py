@@ -233,7 +233,6 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
     for block in blocks.values():
         if block.own_bias is not None and sum(block.own_bias is b for b in biases) > 1:
             reasons[block.own_bias] = "it is the bias of layers with other weights"
-    for block in blocks.values():
         if block.own_bias in reasons:
             block.own_bias = None
     found = [b for w, b in blocks.items() if w not in reasons]

@@ -145,16 +145,13 @@ class FactorState:
         """What the rule's direction needs; where it is kept, formed anew when the numbers have changed."""
         if not keep:
             return rule.prepare(self.accumulated(state, self.blueprints, device), keep=False)
+        self.read(state, self.blueprints, device)  # which brings them to the device
         of = [(flat, version(flat)) for flat in map(state.get, self.blueprints) if flat is not None]
         known, value = self._prepared
-        same = len(known) == len(of) and all(
-            f is g and v == w and f.device == device
-            for (f, v), (g, w) in zip(known, of, strict=True)
-        )
-        if not same:
+        pairs = zip(known, of, strict=False)
+        if len(known) != len(of) or any(f is not g or v != w for (f, v), (g, w) in pairs):
             value = rule.prepare(self.accumulated(state, self.blueprints, device), keep=True)
-            here = [state[name] for name in self.blueprints if name in state]
-            self._prepared = [(flat, version(flat)) for flat in here], value
+            self._prepared = of, value
         return value
 
     def __getstate__(self) -> dict[str, Any]:

@@ -62,10 +62,8 @@ class Statistics:
             old.to(dtype=wide_dtype(old.dtype)) + more.to(dtype=wide_dtype(more.dtype))
             for old, more in ((self.H_K, new.H_K), (self.H_C, new.H_C))
         )
-        numbers = (getattr(self, n) + getattr(new, n) for n in ("u", "g", "rows", "terms"))
-        return replace(
-            new, H_K=H_K, H_C=H_C, **dict(zip(("u", "g", "rows", "terms"), numbers, strict=True))
-        )
+        numbers = {n: getattr(self, n) + getattr(new, n) for n in ("u", "g", "rows", "terms")}
+        return replace(new, H_K=H_K, H_C=H_C, **numbers)
 
     def follows(self, old: Statistics, positions: bool) -> None:
         """Be those of one more call in the pass that added to the old ones last.

@@ -138,15 +138,15 @@ class WeightSteps:
     ) -> Iterator[tuple[Block, Any]]:
         """The preconditioned gradients of layers, one by one; None where another process computes it."""
         for block, V in portion:
-            dW = block.matrix(V)
+            rule, dW = block.rule, block.matrix(V)
             if rehearsal:
                 yield block, dW  # it is zero
             elif owners is not None and not owners.keeps(block):
                 yield block, None
             else:
                 keep = block.group["T"] != 1 and keeps_products(block, cache_products)
-                rule, state = block.rule, self.states[block.weight]
-                prepared = block.factors.prepared(rule, state, keep, block.weight.device)
+                state, device = self.states[block.weight], block.weight.device
+                prepared = block.factors.prepared(rule, state, keep, device)
                 yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
 
     def _averaged(self, blocks: Sequence[Block]) -> Iterator[list[tuple[Block, list[Tensor]]]]:
