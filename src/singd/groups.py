@@ -138,12 +138,12 @@ def resolve(structures: Any) -> tuple[StructureSpec, StructureSpec]:
     return structure(structures[0]), structure(structures[1])
 
 
-def step_size(lr_cov: float | Callable[[int], float], step: int) -> float:
-    """``lr_cov`` at a step, checked where a callable is only known then."""
-    if not callable(lr_cov):
-        return lr_cov
-    value = lr_cov(step)
-    _number(f"lr_cov({step})", value)
+def step_size(group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    """``lr_cov`` in a layer's next step, checked where a callable is only known then."""
+    value, step = group["lr_cov"], state.get("step", 0)
+    if callable(value):
+        value = value(step)
+        _number(f"lr_cov({step})", value)
     return value
 
 

@@ -8,15 +8,23 @@ kept between updates, and with ``shard_factors`` what another process handed out
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from singd.precision import accumulation_dtype, wide_dtype
-from singd.rules import Rule
+from singd.rules import Factors, Rule
 from singd.structures import StructuredMatrix
 from singd.torch_private import version
+
+State: TypeAlias = dict[str, Any]
+"""What torch keeps of one parameter."""
+
+States: TypeAlias = Mapping[Any, State]
+"""The same of all parameters."""
+
+Matrices: TypeAlias = dict[str, StructuredMatrix]
 
 COUNTERS = ("step", "last_update", "updates")
 """Beside the factors: steps taken, the step of the last update (-1 before the first), and how many there were."""
@@ -38,8 +46,8 @@ class FactorState:
     def __init__(self) -> None:
         self.key: Any = None
         self.started = False
-        self.blueprints: dict[str, StructuredMatrix] = {}
-        self.identity: dict[str, StructuredMatrix] = {}
+        self.blueprints: Matrices = {}
+        self.identity: Matrices = {}
         self.product_numel = 0
         self.handed: dict[str, Tensor] | None = {}
         self._forget()
@@ -48,17 +56,15 @@ class FactorState:
         self._views: dict[str, tuple[Tensor, StructuredMatrix]] = {}
         self._prepared: tuple[Any, Any] = ((), None)
 
-    def shape_as(
-        self, key: Any, identity: Mapping[str, StructuredMatrix], keeps: Mapping[str, str]
-    ) -> None:
+    def shape_as(self, key: Any, identity: Matrices, keeps: Mapping[str, str]) -> None:
         """Take blueprints for other structures, sizes or dtypes."""
-        self.identity = dict(identity)
+        self.identity = identity
         self.blueprints = {name: identity[side] for name, side in keeps.items()}
         self.product_numel = sum(eye.numel for eye in identity.values() if eye.numel > eye.n)
         self._forget()
         self.key = key  # last, so that what an exception left half done is done again
 
-    def adopt(self, state: Mapping[str, Any]) -> None:
+    def adopt(self, state: State) -> None:
         """Take the dtypes of factors that were loaded, which another process may keep."""
         for name, A in self.blueprints.items():
             if name in state:
@@ -66,9 +72,7 @@ class FactorState:
         self._forget()
         self.started = "step" in state
 
-    def read(
-        self, state: dict[str, Any], names: Iterable[str], device: torch.device
-    ) -> dict[str, StructuredMatrix]:
+    def read(self, state: State, names: Iterable[str], device: torch.device) -> Matrices:
         """Views on the numbers in the state, which follow the weight to its device, or on those handed out.
 
         A name without numbers is left out: a momentum that was switched on later is zero.
@@ -88,9 +92,7 @@ class FactorState:
             found[name] = matrix
         return found
 
-    def accumulated(
-        self, state: dict[str, Any], names: Iterable[str], device: torch.device
-    ) -> dict[str, StructuredMatrix]:
+    def accumulated(self, state: State, names: Iterable[str], device: torch.device) -> Matrices:
         """The same in a dtype for arithmetic on them."""
         found = self.read(state, names, device)
         for name, A in found.items():
@@ -99,9 +101,7 @@ class FactorState:
                 found[name] = A.to(dtype=accumulation_dtype(stored))
         return found
 
-    def moved(
-        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix], some: Tensor | bool
-    ) -> dict[str, Tensor] | None:
+    def moved(self, state: State, new: Factors, some: Tensor | bool) -> dict[str, Tensor] | None:
         """The numbers of new factors in the dtypes of the old ones, which stay where a new one is not finite.
 
         Args:
@@ -121,9 +121,7 @@ class FactorState:
             return numbers if finite and bool(some) else None
         return {n: torch.where(finite & some, v, state[n]) for n, v in numbers.items()}
 
-    def flat(
-        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix]
-    ) -> dict[str, Tensor]:
+    def flat(self, state: State, new: Factors) -> dict[str, Tensor]:
         """The numbers of factors, in the dtype that is there: a model that is cast leaves them as they were."""
         found = {}
         for name, A in new.items():
@@ -131,9 +129,7 @@ class FactorState:
             found[name] = flat if flat.dtype == dtype else flat.to(dtype)
         return found
 
-    def grew(
-        self, state: Mapping[str, Any], new: Mapping[str, Tensor], names: Iterable[str]
-    ) -> bool:
+    def grew(self, state: State, new: Mapping[str, Tensor], names: Iterable[str]) -> bool:
         """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
         return any(
             bool(new[name].abs().amax() > 10 * state[name].abs().amax())
@@ -141,7 +137,7 @@ class FactorState:
             if new[name].device.type == "cpu" and new[name].numel()
         )
 
-    def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
+    def prepared(self, rule: Rule, state: State, keep: bool, device: torch.device) -> Any:
         """What the rule's direction needs; where it is kept, formed anew when the numbers have changed."""
         if not keep:
             return rule.prepare(self.accumulated(state, self.blueprints, device), keep=False)

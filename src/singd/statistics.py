@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singd.precision import wide_dtype
 from singd.rows import Rows
-from singd.rules import Curvature, Rule
+from singd.rules import Curvature, Factors, Rule
 from singd.structures import StructuredMatrix
 
 
@@ -79,12 +79,7 @@ class Statistics:
 
 
 def gathered(
-    rule: Rule,
-    factors: Mapping[str, StructuredMatrix],
-    a: Rows,
-    g: Rows,
-    terms: int,
-    options: Mapping[str, Any],
+    rule: Rule, factors: Factors, a: Rows, g: Rows, terms: int, options: Mapping[str, Any]
 ) -> Statistics:
     """The statistics of one backward pass through one layer.
 

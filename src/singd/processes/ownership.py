@@ -8,7 +8,7 @@ are P(K^T U K) already.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from singd.blocks import Block
 from singd.groups import is_due
 from singd.processes.collectives import Piece, all_gather_flat, rank, world_size
 from singd.rules import INPUT, OUTPUT
-
-States = Mapping[Any, dict[str, Any]]
+from singd.state import States
 
 
 def cost(block: Block) -> float:

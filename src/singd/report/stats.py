@@ -11,7 +11,8 @@ from torch import Tensor
 
 from singd.blocks import Block, whole
 from singd.checkpoint import state_bytes
-from singd.processes.ownership import Ownership, States
+from singd.processes.ownership import Ownership
+from singd.state import States
 from singd.weight_steps import matched
 
 

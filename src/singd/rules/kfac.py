@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from singd.rows import Rows
-from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Rule, averaging
+from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Pair, Rule, averaging
 from singd.structures import BlockDiagonal, Dense, Diagonal, StructuredMatrix
 
 
@@ -54,9 +54,7 @@ class Kfac(Rule):
         scale = {"U": 0.0, "G": 0.0, "U_inv": 1.0, "G_inv": 1.0}
         return {name: identity[side] * scale[name] for name, side in self.keeps.items()}
 
-    def curvature(
-        self, factors: Factors, a: Rows, g: Rows
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def curvature(self, factors: Factors, a: Rows, g: Rows) -> Pair:
         """P(A^T A) and P(B^T B) for the rows A and B."""
         return factors[INPUT].project_congruence(a), factors[OUTPUT].project_congruence(g)
 
@@ -89,7 +87,7 @@ class Kfac(Rule):
             return inverse.to(dtype=self.inverse_dtype).to(dtype=A.dtype)
         return damped.map(_inverse).to(dtype=A.dtype)
 
-    def sides(self, factors: Factors) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def sides(self, factors: Factors) -> Pair:
         return factors["U_inv"], factors["G_inv"]
 
     def prepare(self, factors: Factors, keep: bool) -> Any:

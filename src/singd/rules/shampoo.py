@@ -16,7 +16,7 @@ from torch import Tensor
 
 from singd.precision import wide_dtype
 from singd.rows import DenseRows
-from singd.rules.base import Curvature, Factors
+from singd.rules.base import Curvature, Factors, Pair
 from singd.rules.singd import Singd
 from singd.structures import StructuredMatrix
 
@@ -48,6 +48,6 @@ class Shampoo(Singd):
 
     def scaled_curvature(
         self, H_K: StructuredMatrix, H_C: StructuredMatrix, k: Any, c: Any
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    ) -> Pair:
         """Each holds both factors, twice."""
         return H_K * (k * k * c * c), H_C * (k * k * c * c)

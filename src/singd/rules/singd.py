@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from singd.rows import Rows
-from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Rule, averaging
+from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Pair, Rule, averaging
 from singd.structures import StructuredMatrix
 
 
@@ -34,7 +34,7 @@ def riemannian_momenta(
     alpha1: float,
     normalize: bool = False,
     tr_H: tuple[Any, Any] | None = None,
-) -> tuple[StructuredMatrix, StructuredMatrix]:
+) -> Pair:
     r"""The new momenta of both factors, from the *old* factors on both sides.
 
     .. math::
@@ -90,9 +90,7 @@ class Singd(Rule):
         """Without momentum, the momenta need not be kept."""
         return self.keeps if options["alpha1"] else {"K": INPUT, "C": OUTPUT}
 
-    def curvature(
-        self, factors: Factors, a: Rows, g: Rows
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def curvature(self, factors: Factors, a: Rows, g: Rows) -> Pair:
         """P(K^T A^T A K) and P(C^T B^T B C) for the rows A and B."""
         return factors["K"].project_congruence(a), factors["C"].project_congruence(g)
 
@@ -115,9 +113,7 @@ class Singd(Rule):
         new = {"K": K, "C": C, "m_K": m_K, "m_C": m_C}
         return {name: new[name] for name in self.kept(options)}
 
-    def momenta(
-        self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def momenta(self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]) -> Pair:
         """The new momenta from K, C, m_K, m_C, H_K, H_C."""
         normalize, alpha1 = bool(options["normalize_lr_cov"]), options["alpha1"]
         return riemannian_momenta(
@@ -136,11 +132,11 @@ class Singd(Rule):
 
     def scaled_curvature(
         self, H_K: StructuredMatrix, H_C: StructuredMatrix, k: Any, c: Any
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    ) -> Pair:
         """What was gathered with K and C as if it were with k K and c C."""
         return H_K * (k * k), H_C * (c * c)
 
-    def sides(self, factors: Factors) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def sides(self, factors: Factors) -> Pair:
         return factors["K"], factors["C"]
 
 
