@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from singd import groups
 from singd.blocks import Block
+from singd.groups import Group, Groups
 from singd.state import COUNTERS, States
 from singd.structures import from_recursive_layout
 from singd.torch_private import local_part
 from singd.weight_steps import MOMENTS
 
-Group: TypeAlias = Mapping[str, Any]
-Groups: TypeAlias = Sequence[Group]
 Blocks: TypeAlias = Mapping[nn.Parameter, Block]
+StateDict: TypeAlias = Mapping[str, Any]
 ADAMW = ("step", *MOMENTS)
 """What it keeps of a parameter."""
 
@@ -28,7 +28,7 @@ def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
 
 
-def pack(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def pack(state_dict: StateDict) -> dict[str, Any]:
     """A snapshot of torch's state dict: tensors copied, options as plain values."""
     return {
         **state_dict,
@@ -38,7 +38,7 @@ def pack(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pairs(
-    param_groups: Groups, state_dict: Mapping[str, Any]
+    param_groups: Groups, state_dict: StateDict
 ) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
     """(parameter, its saved state, its saved group), matched by position as torch does."""
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
@@ -69,7 +69,7 @@ def check_form(state_dict: Any) -> None:
             )
 
 
-def upgraded(state_dict: Mapping[str, Any], param_groups: Groups, blocks: Blocks) -> dict[str, Any]:
+def upgraded(state_dict: StateDict, param_groups: Groups, blocks: Blocks) -> dict[str, Any]:
     """A state dict of any format as one of this version's.
 
     Format 1 stored bordered factors block by block, counted no updates, and knew the published method only.
@@ -94,7 +94,7 @@ def _sizes(param_groups: Groups) -> list[int]:
 
 
 def check(
-    param_groups: Groups, blocks: Blocks, names: Mapping[Any, str], state_dict: Mapping[str, Any]
+    param_groups: Groups, blocks: Blocks, names: Mapping[Any, str], state_dict: StateDict
 ) -> None:
     """Refuse what doesn't fit, before anything is changed.
 
@@ -183,7 +183,7 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
             )
 
 
-def complete(param_groups: Groups, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def complete(param_groups: Groups, state_dict: StateDict) -> dict[str, Any]:
     """A state dict for torch to load.
 
     With the options that it does not hold: callables and structures with code of their own are this
@@ -206,9 +206,7 @@ def complete(param_groups: Groups, state_dict: Mapping[str, Any]) -> dict[str, A
     return {**state_dict, "state": state, "param_groups": completed}
 
 
-def restore(
-    param_groups: Groups, blocks: Blocks, states: States, state_dict: Mapping[str, Any]
-) -> None:
+def restore(param_groups: Groups, blocks: Blocks, states: States, state_dict: StateDict) -> None:
     """Give back the dtype to what has one of its own: torch casts all to the parameter's."""
     for p, saved, _ in pairs(param_groups, state_dict):
         own = (*blocks[p].blueprints(), *MOMENTS) if p in blocks else MOMENTS

@@ -123,11 +123,7 @@ class FactorState:
 
     def flat(self, state: State, new: Factors) -> dict[str, Tensor]:
         """The numbers of factors, in the dtype that is there: a model that is cast leaves them as they were."""
-        found = {}
-        for name, A in new.items():
-            flat, dtype = A.flat(), state.get(name, self.blueprints[name]).dtype
-            found[name] = flat if flat.dtype == dtype else flat.to(dtype)
-        return found
+        return {n: A.flat().to(state.get(n, self.blueprints[n]).dtype) for n, A in new.items()}
 
     def grew(self, state: State, new: Mapping[str, Tensor], names: Iterable[str]) -> bool:
         """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
