@@ -67,10 +67,7 @@ class Block:
     @property
     def used(self) -> bool:
         """Whether it takes part in a step."""
-        bias = self.bias
-        return self.active and (
-            self.weight.grad is not None or (bias is not None and bias.grad is not None)
-        )
+        return self.active and any(p.grad is not None for p in self.params)
 
     @property
     def due(self) -> bool:

@@ -200,9 +200,8 @@ def complete(param_groups: Groups, state_dict: StateDict) -> dict[str, Any]:
     state = {index: copied(entry) for index, entry in state_dict["state"].items()}
     for entry in state.values():
         if "exp_avg" in entry:  # torch's kernels take a tensor of this kind only
-            entry["step"] = torch.as_tensor(
-                entry["step"], dtype=torch.float32, device="cpu"
-            ).reshape(())
+            step = torch.as_tensor(entry["step"], dtype=torch.float32, device="cpu")
+            entry["step"] = step.reshape(())
     return {**state_dict, "state": state, "param_groups": completed}
 
 

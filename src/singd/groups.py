@@ -281,9 +281,8 @@ def check_whole(given: Mapping[str, Any]) -> None:
     optional = [n for n in ("cache_products", "average_gradients") if given[n] is not None]
     _check_switches(given, ["shard_factors", "warn_unsupported", *optional])
     grad_scaler = given["grad_scaler"]
-    if grad_scaler is not None and not (
-        hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")
-    ):
+    scales = all(hasattr(grad_scaler, name) for name in ("scale", "is_enabled"))
+    if grad_scaler is not None and not scales:
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
 
 

@@ -429,9 +429,8 @@ class SINGD(torch.optim.Optimizer):
 
         With ``shard_factors``, and of a model under ``fully_shard``, every rank must ask for them.
         """
-        return report.stats(
-            list(self._active.values()), self.state, self._group_of, self._ownership
-        )
+        blocks = list(self._active.values())
+        return report.stats(blocks, self.state, self._group_of, self._ownership)
 
     def _rows(self) -> list[tuple[str, ...]]:
         blocks = list(self._active.values())

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -91,13 +91,10 @@ class WeightSteps:
             blocks: Those that take part in a step.
         """
 
-        def matrices() -> Iterator[tuple[Block, Any]]:
-            for portion in self._averaged(blocks):
-                yield from self._preconditioned(portion)
-
         def parts() -> Iterator[tuple[Block, Any]]:
             if self.owners is not None:
-                for block, N in self.owners.directions(matrices(), self.rehearsal):
+                found = chain.from_iterable(map(self._preconditioned, self._averaged(blocks)))
+                for block, N in self.owners.directions(found, self.rehearsal):
                     yield block, block.parts(N)
                 return
             for portion in self._averaged(blocks):

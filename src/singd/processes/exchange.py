@@ -166,9 +166,7 @@ def _from_sums(block: Block, sums: Tensor) -> Statistics:
     flat_K, flat_C, counts = sums.split(_sizes(block))
     once = 1 / world_size() ** 2  # each rank's gradient counts 1/N, and enters squared
     u, g, rows, terms = counts.clone().unbind()
-    eye = block.factors.identity
-    H_K, H_C = (
-        eye[side].from_flat(flat.to(wide_dtype(eye[side].dtype)))
-        for side, flat in ((INPUT, flat_K), (OUTPUT, flat_C * once))
-    )
+    K, C = (block.factors.identity[side] for side in (INPUT, OUTPUT))
+    H_K = K.from_flat(flat_K.to(wide_dtype(K.dtype)))
+    H_C = C.from_flat((flat_C * once).to(wide_dtype(C.dtype)))
     return Statistics(H_K, H_C, u, g * once, rows, terms)

@@ -7,6 +7,7 @@ arXiv:1503.05671 (section 6.3 on pi); Grosse and Martens, arXiv:1602.01407, for 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,10 +71,8 @@ class Kfac(Rule):
         root = (options["damping"] * (u * g if options["relative_damping"] else one)).sqrt()
         U_inv, G_inv = self.damped_inverse(U, pi * root), self.damped_inverse(G, root / pi)
         if options["relative_damping"]:  # no curvature, no damping: the inverses stay
-            U_inv, G_inv = (
-                A.map(lambda new, old: torch.where(some, new, old), factors[name])
-                for name, A in (("U_inv", U_inv), ("G_inv", G_inv))
-            )
+            choose: Any = partial(torch.where, some)
+            U_inv, G_inv = U_inv.map(choose, factors["U_inv"]), G_inv.map(choose, factors["G_inv"])
         return {"U": U, "G": G, "U_inv": U_inv, "G_inv": G_inv}
 
     def damped_inverse(self, A: StructuredMatrix, shift: Tensor) -> StructuredMatrix:
