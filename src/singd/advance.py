@@ -8,7 +8,7 @@ from torch import Tensor
 
 from singd.blocks import Block
 from singd.hooks import Collector
-from singd.rules import Curvature
+from singd.rules import Curvature, Rule
 from singd.statistics import Statistics
 
 
@@ -42,7 +42,7 @@ def advance(
         state["step"] = step + 1
         return
     new: dict[str, Tensor] | None = None
-    curvature, some = _curvature(block, state, statistics, kept_here)
+    curvature, some = _curvature(block, rule, state, statistics, kept_here)
     if curvature is not None:
         kept = factors.accumulated(state, blueprints, block.weight.device)
         options = {**block.group, "lr_cov": lr_cov}
@@ -62,15 +62,15 @@ def advance(
 
 
 def _curvature(
-    block: Block, state: dict[str, Any], statistics: Statistics | None, kept_here: bool
+    block: Block, rule: Rule, state: dict[str, Any], statistics: Statistics | None, kept_here: bool
 ) -> tuple[Curvature | None, Any]:
     """What moves the factors, if anything does; and whether there was any, as a number on the device."""
-    if not block.rule.needs_rows:
+    if not rule.needs_rows:
         dW = block.gradient()  # (of a sharded parameter all processes must ask)
         if not kept_here:
             return None, True
         kept = block.factors.accumulated(state, block.factors.blueprints, block.weight.device)
-        return block.rule.gradient_curvature(kept, dW), True
+        return rule.gradient_curvature(kept, dW), True
     if statistics is None:
         return None, False
     curvature, some = statistics.normalised(block.group["loss_average"] is not None)

@@ -5,14 +5,15 @@ A thousand tiny layers would otherwise take a thousand times what Python and tor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from singd.blocks import Block
 from singd.rules import Rule
+from singd.state import States
 
 SMALL = 2**12
 """How many numbers a weight has at most: the work on more takes longer than its start."""
@@ -21,16 +22,18 @@ FEW = 4
 """How many layers it takes at least for one call to pay."""
 
 
-def split(
-    portion: Sequence[tuple[Block, list[Tensor]]], states: Mapping[Any, Mapping[str, Any]]
-) -> tuple[list[list[tuple[Block, list[Tensor]]]], list[tuple[Block, list[Tensor]]]]:
+Portion: TypeAlias = list[tuple[Block, list[Tensor]]]
+"""Layers, each with a tensor for each of its parameters."""
+
+
+def split(portion: Portion, states: States) -> tuple[list[Portion], Portion]:
     """Layers that can be preconditioned together, and those that stay alone.
 
     Args:
-        portion: Layers, each with the averaged gradients of its parameters.
+        portion: Layers with their averaged gradients.
         states: The optimizer's state by parameter.
     """
-    sets: dict[Any, list[tuple[Block, list[Tensor]]]] = {}
+    sets: dict[Any, Portion] = {}
     for item in portion:
         if (key := _key(item[0], states)) is not None:
             sets.setdefault(key, []).append(item)
@@ -40,7 +43,7 @@ def split(
     return together, alone
 
 
-def _key(block: Block, states: Mapping[Any, Mapping[str, Any]]) -> Any:
+def _key(block: Block, states: States) -> Any:
     """What two layers must have in common; None where one stays alone."""
     weight, rule = block.weight, block.rule
     usual = type(rule).direction is Rule.direction and type(rule).prepare is Rule.prepare
@@ -57,9 +60,7 @@ def _key(block: Block, states: Mapping[Any, Mapping[str, Any]]) -> Any:
     return own, weight.shape, weight.dtype, weight.device, dtypes
 
 
-def directions(
-    alike: Sequence[tuple[Block, list[Tensor]]], states: Mapping[Any, Mapping[str, Any]]
-) -> Iterator[tuple[Block, list[Tensor]]]:
+def directions(alike: Portion, states: States) -> Iterator[tuple[Block, list[Tensor]]]:
     """The preconditioned gradients of layers that are alike, as of each of them alone."""
     first, _ = alike[0]
     blueprints = first.factors.blueprints

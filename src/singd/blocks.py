@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from singd.groups import dtypes, is_due, resolve, rule_of
 from singd.layers import LayerKind
 from singd.layers.loose import LooseKind
+from singd.precision import accumulation_dtype
 from singd.rules import INPUT, OUTPUT, Rule
 from singd.state import FactorState
 from singd.structures import StructuredMatrix, structure
@@ -66,10 +67,7 @@ class Block:
     @property
     def used(self) -> bool:
         """Whether it takes part in a step."""
-        bias = self.bias
-        return self.active and (
-            self.weight.grad is not None or (bias is not None and bias.grad is not None)
-        )
+        return self.active and any(p.grad is not None for p in self.params)
 
     @property
     def due(self) -> bool:
@@ -128,20 +126,14 @@ class Block:
         forced = self.kind.input_structure
         return {INPUT: K if forced is None else structure(forced), OUTPUT: C}
 
-    def dtype(self, side: str) -> torch.dtype:
-        """That of the factors of a side."""
-        pair = dict(zip((INPUT, OUTPUT), dtypes(self.group["preconditioner_dtype"]), strict=True))
-        return pair[side] or self.weight.dtype
-
-    def identity(self, side: str, **kw: Any) -> StructuredMatrix:
-        """A fresh identity for a side, on the weight's device."""
-        n = dict(zip((OUTPUT, INPUT), self.size, strict=True))[side]
-        options = {"dtype": self.dtype(side), "device": self.weight.device, **kw}
-        return self.structures()[side](n, **options)
-
-    def identities(self, **kw: Any) -> dict[str, StructuredMatrix]:
-        """Fresh ones of both sides."""
-        return {side: self.identity(side, **kw) for side in (INPUT, OUTPUT)}
+    def identities(self, device: Any = None) -> dict[str, StructuredMatrix]:
+        """A fresh identity for each side, on the weight's device unless another one is named."""
+        pair, (d_o, d_i) = dtypes(self.group["preconditioner_dtype"]), self.size
+        kinds, device = self.structures(), device or self.weight.device
+        return {
+            side: kinds[side](n, dtype=dtype or self.weight.dtype, device=device)
+            for side, n, dtype in zip((INPUT, OUTPUT), (d_i, d_o), pair, strict=True)
+        }
 
     def start(self) -> dict[str, StructuredMatrix]:
         """What the rule keeps, before its first update."""
@@ -157,6 +149,15 @@ class Block:
             self._check_change()
             self.factors.shape_as(key, self.identities(device="meta"), rule.kept(group))
         return self.factors.blueprints
+
+    def gathering_factors(self) -> dict[str, StructuredMatrix]:
+        """What the rule gathers with, in a dtype for sums; the identities where it needs nothing else."""
+        self.blueprints()
+        names = self.rule.gathers_with
+        if found := self.factors.accumulated(self.state, names, self.weight.device):
+            return found
+        start = self.start() if names else self.identities()
+        return {n: start[n].to(dtype=accumulation_dtype(start[n].dtype)) for n in names or start}
 
     def _check_change(self) -> None:
         """Refuse other structures, or to keep something else, where there are numbers of the old kind."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from singd import groups
 from singd.blocks import Block
-from singd.state import COUNTERS
+from singd.groups import Group, Groups
+from singd.state import COUNTERS, States
 from singd.structures import from_recursive_layout
 from singd.torch_private import local_part
 from singd.weight_steps import MOMENTS
 
-Group = Mapping[str, Any]
+Blocks: TypeAlias = Mapping[nn.Parameter, Block]
+StateDict: TypeAlias = Mapping[str, Any]
 ADAMW = ("step", *MOMENTS)
 """What it keeps of a parameter."""
 
@@ -26,7 +28,7 @@ def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v.clone() if isinstance(v, Tensor) else v for name, v in entry.items()}
 
 
-def pack(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def pack(state_dict: StateDict) -> dict[str, Any]:
     """A snapshot of torch's state dict: tensors copied, options as plain values."""
     return {
         **state_dict,
@@ -36,7 +38,7 @@ def pack(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pairs(
-    param_groups: Sequence[Group], state_dict: Mapping[str, Any]
+    param_groups: Groups, state_dict: StateDict
 ) -> Iterator[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]:
     """(parameter, its saved state, its saved group), matched by position as torch does."""
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
@@ -67,11 +69,7 @@ def check_form(state_dict: Any) -> None:
             )
 
 
-def upgraded(
-    state_dict: Mapping[str, Any],
-    param_groups: Sequence[Group],
-    blocks: Mapping[nn.Parameter, Block],
-) -> dict[str, Any]:
+def upgraded(state_dict: StateDict, param_groups: Groups, blocks: Blocks) -> dict[str, Any]:
     """A state dict of any format as one of this version's.
 
     Format 1 stored bordered factors block by block, counted no updates, and knew the published method only.
@@ -91,15 +89,12 @@ def upgraded(
     return new
 
 
-def _sizes(param_groups: Sequence[Group]) -> list[int]:
+def _sizes(param_groups: Groups) -> list[int]:
     return [len(group["params"]) for group in param_groups]
 
 
 def check(
-    param_groups: Sequence[Group],
-    blocks: Mapping[nn.Parameter, Block],
-    names: Mapping[nn.Parameter, str],
-    state_dict: Mapping[str, Any],
+    param_groups: Groups, blocks: Blocks, names: Mapping[Any, str], state_dict: StateDict
 ) -> None:
     """Refuse what doesn't fit, before anything is changed.
 
@@ -188,7 +183,7 @@ def _check_block(block: Block, state: Mapping[str, Any], saved: Group) -> None:
             )
 
 
-def complete(param_groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def complete(param_groups: Groups, state_dict: StateDict) -> dict[str, Any]:
     """A state dict for torch to load.
 
     With the options that it does not hold: callables and structures with code of their own are this
@@ -205,18 +200,12 @@ def complete(param_groups: Sequence[Group], state_dict: Mapping[str, Any]) -> di
     state = {index: copied(entry) for index, entry in state_dict["state"].items()}
     for entry in state.values():
         if "exp_avg" in entry:  # torch's kernels take a tensor of this kind only
-            entry["step"] = torch.as_tensor(
-                entry["step"], dtype=torch.float32, device="cpu"
-            ).reshape(())
+            step = torch.as_tensor(entry["step"], dtype=torch.float32, device="cpu")
+            entry["step"] = step.reshape(())
     return {**state_dict, "state": state, "param_groups": completed}
 
 
-def restore(
-    param_groups: Sequence[Group],
-    blocks: Mapping[nn.Parameter, Block],
-    states: Mapping[Any, dict[str, Any]],
-    state_dict: Mapping[str, Any],
-) -> None:
+def restore(param_groups: Groups, blocks: Blocks, states: States, state_dict: StateDict) -> None:
     """Give back the dtype to what has one of its own: torch casts all to the parameter's."""
     for p, saved, _ in pairs(param_groups, state_dict):
         own = (*blocks[p].blueprints(), *MOMENTS) if p in blocks else MOMENTS
@@ -228,7 +217,7 @@ def restore(
             blocks[p].factors.adopt(states.get(p, {}))
 
 
-def is_rehearsal(param_groups: Sequence[Group]) -> bool:
+def is_rehearsal(param_groups: Groups) -> bool:
     """Whether this is the step on nothing by which torch.distributed.checkpoint fills an empty state.
 
     It sets gradients and learning rates to zero for one call of ``step`` where there is no state yet. A first
@@ -243,7 +232,7 @@ def is_rehearsal(param_groups: Sequence[Group]) -> bool:
     return not any(bool(local_part(g).any()) for g in grads)
 
 
-def rewind(states: Mapping[Any, dict[str, Any]]) -> None:
+def rewind(states: States) -> None:
     """Take a rehearsal back, but for the state that it made: the first step is still to come."""
     for state in states.values():
         if "step" in state:

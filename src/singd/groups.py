@@ -7,13 +7,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from singd.rules import Rule, find_rule
 from singd.structures import StructureSpec, structure
+
+Group: TypeAlias = Mapping[str, Any]
+"""The options of a parameter group."""
+
+Groups: TypeAlias = Sequence[Group]
 
 FORMAT = 2  # of a checkpoint; raised when an older version could not read a newer one's
 
@@ -36,9 +41,7 @@ SWITCHES = (
 )
 
 #: What the fallback group runs with unless ``fallback`` says otherwise: AdamW's usual values, no decay.
-ADAMW: Mapping[str, Any] = MappingProxyType(
-    {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-)
+ADAMW: Group = MappingProxyType(dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0))
 
 #: The fallback's options by default: AdamW's usual values at SINGD's learning rate.
 SAME: Mapping[str, Any] = MappingProxyType({})
@@ -99,7 +102,7 @@ def _number(name: str, value: Any, *, below: float = math.inf) -> None:
         raise ValueError(f"{name} must be {what}, got {value!r}.")
 
 
-def check_choices(group: Mapping[str, Any], names: Iterable[str] = tuple(CHOICES)) -> None:
+def check_choices(group: Group, names: Iterable[str] = tuple(CHOICES)) -> None:
     """Raise a ValueError unless options are among their choices."""
     for name in names:
         value, choices = group[name], CHOICES[name]
@@ -108,7 +111,7 @@ def check_choices(group: Mapping[str, Any], names: Iterable[str] = tuple(CHOICES
             raise ValueError(f"{name} must be one of {shown}, got {value!r}.")
 
 
-def _check_switches(group: Mapping[str, Any], names: Iterable[str]) -> None:
+def _check_switches(group: Group, names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}.")
@@ -138,12 +141,12 @@ def resolve(structures: Any) -> tuple[StructureSpec, StructureSpec]:
     return structure(structures[0]), structure(structures[1])
 
 
-def step_size(lr_cov: float | Callable[[int], float], step: int) -> float:
-    """``lr_cov`` at a step, checked where a callable is only known then."""
-    if not callable(lr_cov):
-        return lr_cov
-    value = lr_cov(step)
-    _number(f"lr_cov({step})", value)
+def step_size(group: Group, state: Mapping[str, Any]) -> float:
+    """``lr_cov`` in a layer's next step, checked where a callable is only known then."""
+    value, step = group["lr_cov"], state.get("step", 0)
+    if callable(value):
+        value = value(step)
+        _number(f"lr_cov({step})", value)
     return value
 
 
@@ -158,7 +161,7 @@ def interval(T: int | Callable[[int], int], step: int) -> int:
     return int(value)
 
 
-def is_due(group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+def is_due(group: Group, state: Mapping[str, Any]) -> bool:
     """Whether the factors of a layer are updated in the next step: at steps 0, T, 2T, ...
 
     Where T is a callable: once T(step) steps have passed since the last update.
@@ -170,12 +173,12 @@ def is_due(group: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
     return step % every == 0
 
 
-def rule_of(group: Mapping[str, Any]) -> Rule:
+def rule_of(group: Group) -> Rule:
     """The rule that moves the factors of a group."""
     return find_rule("ikfac" if group["kfac_like"] else group["rule"])
 
 
-def check_singd(group: Mapping[str, Any]) -> None:
+def check_singd(group: Group) -> None:
     """Check the options of a group that SINGD preconditions.
 
     Raises:
@@ -183,63 +186,6 @@ def check_singd(group: Mapping[str, Any]) -> None:
         ValueError: For a value out of range; the sentence names the choices.
     """
     check_values(group)
-    _check_rule(group)
-
-
-def check_before_step(
-    param_groups: Sequence[Mapping[str, Any]],
-    seen: dict[int, Any],
-    names: Mapping[Any, str],
-    preconditioned: Collection[Any],
-) -> None:
-    """Check what a user may have changed in the groups since they were seen last, and the gradients.
-
-    Args:
-        param_groups: The optimizer's.
-        seen: What each of them said when it was checked last, by its number; brought up to date.
-        names: Of all parameters.
-        preconditioned: The parameters that SINGD preconditions.
-
-    Raises:
-        RuntimeError: If a gradient is sparse.
-        TypeError: For a value of the wrong type.
-        ValueError: For a value out of range; the sentence names the choices.
-    """
-    for i, group in enumerate(param_groups):
-        said = {name: value for name, value in group.items() if name != "params"}
-        if said != seen.get(i) or isinstance(group["lr"], Tensor):  # (a tensor changes in place)
-            mine = "singd" if any(p in preconditioned for p in group["params"]) else "adamw"
-            if group["params"] and group["algorithm"] != mine:
-                raise ValueError(
-                    f"The algorithm of group {i} cannot change to {group['algorithm']!r}, because its layers were "
-                    "prepared for the other one; build another optimizer."
-                )
-            (check_values if group["algorithm"] == "singd" else check_adamw)(group)
-            seen[i] = said
-        for p in group["params"]:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(
-                    f"The gradient of {names[p]!r} is sparse; SINGD needs dense ones (sparse=False)."
-                )
-
-
-def check_values(group: Mapping[str, Any]) -> None:
-    """Check all options but the rule and the structures; raises as `check_singd`."""
-    for name in NUMBERS:
-        value = group[name]
-        said = value is None if name == "match_rms" else name == "lr_cov" and callable(value)
-        if not said:
-            _number(name, value)
-    for name in ("alpha1", "momentum") if group["momentum_on"] == "gradient" else ("alpha1",):
-        _number(name, group[name], below=1.0)
-    if not callable(group["T"]):
-        interval(group["T"], 0)
-    check_choices(group, CHOICES)
-    _check_switches(group, SWITCHES)
-    dtypes(group["preconditioner_dtype"])
-
-
-def _check_rule(group: Mapping[str, Any]) -> None:
     rule = find_rule(group["rule"])
     if group["kfac_like"] and rule.name not in ("singd", "ikfac"):
         raise ValueError(
@@ -256,7 +202,57 @@ def _check_rule(group: Mapping[str, Any]) -> None:
             )
 
 
-def check_names(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_before_step(
+    param_groups: Groups, seen: dict[int, Any], names: Mapping[Any, str], ours: Collection[Any]
+) -> None:
+    """Check what a user may have changed in the groups since they were seen last, and the gradients.
+
+    Args:
+        param_groups: The optimizer's.
+        seen: What each of them said when it was checked last, by its number; brought up to date.
+        names: Of all parameters.
+        ours: The parameters that SINGD preconditions.
+
+    Raises:
+        RuntimeError: If a gradient is sparse.
+        TypeError: For a value of the wrong type.
+        ValueError: For a value out of range; the sentence names the choices.
+    """
+    for i, group in enumerate(param_groups):
+        said = {name: value for name, value in group.items() if name != "params"}
+        if said != seen.get(i) or isinstance(group["lr"], Tensor):  # (a tensor changes in place)
+            mine = "singd" if any(p in ours for p in group["params"]) else "adamw"
+            if group["params"] and group["algorithm"] != mine:
+                raise ValueError(
+                    f"The algorithm of group {i} cannot change to {group['algorithm']!r}, because its layers were "
+                    "prepared for the other one; build another optimizer."
+                )
+            (check_values if group["algorithm"] == "singd" else check_adamw)(group)
+            seen[i] = said
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    f"The gradient of {names[p]!r} is sparse; SINGD needs dense ones (sparse=False)."
+                )
+
+
+def check_values(group: Group) -> None:
+    """Check all options but the rule and the structures; raises as `check_singd`."""
+    for name in NUMBERS:
+        value = group[name]
+        said = value is None if name == "match_rms" else name == "lr_cov" and callable(value)
+        if not said:
+            _number(name, value)
+    for name in ("alpha1", "momentum") if group["momentum_on"] == "gradient" else ("alpha1",):
+        _number(name, group[name], below=1.0)
+    if not callable(group["T"]):
+        interval(group["T"], 0)
+    check_choices(group, CHOICES)
+    _check_switches(group, SWITCHES)
+    dtypes(group["preconditioner_dtype"])
+
+
+def check_names(group: Group, known: Mapping[str, Any]) -> None:
     """Refuse an option that nobody reads, such as a misspelt one.
 
     Raises:
@@ -269,7 +265,7 @@ def check_names(group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
             raise ValueError(f"Unknown option {name!r} of a parameter group; choose from {shown}.")
 
 
-def check_adamw(group: Mapping[str, Any]) -> None:
+def check_adamw(group: Group) -> None:
     """Check the options of a fallback group; raises as :func:`check_singd`."""
     for name in ("lr", "eps", "weight_decay"):
         _number(name, group[name])
@@ -285,9 +281,8 @@ def check_whole(given: Mapping[str, Any]) -> None:
     optional = [n for n in ("cache_products", "average_gradients") if given[n] is not None]
     _check_switches(given, ["shard_factors", "warn_unsupported", *optional])
     grad_scaler = given["grad_scaler"]
-    if grad_scaler is not None and not (
-        hasattr(grad_scaler, "scale") and hasattr(grad_scaler, "is_enabled")
-    ):
+    scales = all(hasattr(grad_scaler, name) for name in ("scale", "is_enabled"))
+    if grad_scaler is not None and not scales:
         raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {grad_scaler!r}.")
 
 
@@ -296,7 +291,7 @@ def parameter(p: Any) -> Any:
     return p[1] if isinstance(p, tuple) else p
 
 
-def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+def plain(group: Group) -> dict[str, Any]:
     """Options with numbers of other libraries, such as numpy's, as Python's own, so that a checkpoint is plain."""
 
     def own(value: Any) -> Any:
@@ -331,7 +326,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     params = as_list(params)
     if not params:
         raise ValueError("There are no parameters to train; a generator gives them once only.")
-    found = params if params and isinstance(params[0], dict) else [{"params": params}]
+    found = params if isinstance(params[0], dict) else [{"params": params}]
     for group in found:
         if "params" not in group:
             raise ValueError(
@@ -340,9 +335,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     return [{**g, "params": as_list(g["params"])} for g in found]
 
 
-def fallback_options(
-    fallback: Mapping[str, Any] | None, lr: float | Tensor
-) -> dict[str, Any] | None:
+def fallback_options(fallback: Group | None, lr: float | Tensor) -> dict[str, Any] | None:
     """The fallback's options, completed, with SINGD's lr unless it has its own; None where it is switched off."""
     if fallback is None:
         return None
@@ -356,7 +349,7 @@ def fallback_options(
     return options
 
 
-def fallback_group(group: Mapping[str, Any], fallback: Mapping[str, Any] | None) -> dict[str, Any]:
+def fallback_group(group: Group, fallback: Group | None) -> dict[str, Any]:
     """The options of AdamW for those parameters of a group that fall to it: what the group says itself, then the
     fallback's.
 
@@ -370,7 +363,7 @@ def fallback_group(group: Mapping[str, Any], fallback: Mapping[str, Any] | None)
     return {**group, **adam}
 
 
-def saved(group: Mapping[str, Any]) -> dict[str, Any]:
+def saved(group: Group) -> dict[str, Any]:
     """A group's options as plain values for a checkpoint: names for structures and rules, no callables."""
     plain = {name: value for name, value in group.items() if not callable(value)}
     plain["structures"] = tuple(s.name for s in resolve(group["structures"]))

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 from singd import fisher, torch_private
 from singd.blocks import Block
 from singd.groups import COUNTING, check_choices
-from singd.precision import accumulation_dtype, without_autocast
+from singd.precision import without_autocast
 from singd.processes import collectives
 from singd.processes.ddp import DDPDetector
-from singd.rules import INPUT, OUTPUT, Rule
+from singd.rules import INPUT, OUTPUT
 from singd.statistics import Statistics, gathered
-from singd.structures import StructuredMatrix
 from singd.weight_steps import Attempt
 from singd.witness import Witness
 
@@ -99,7 +99,7 @@ class Collector:
         """Add the statistics of one backward through one layer, with its input x and output gradient g."""
         if not self.collecting or self.block_of.get(layer) is not block or not block.due:
             return  # (perhaps since a step came in between)
-        group, kind = block.group, block.kind
+        group, kind, rule = block.group, block.kind, block.rule
         said = group["loss_average"], group["kfac_approx"], group["repeated_calls"]
         if said != self._said:  # a user may have changed them
             check_choices(group, COUNTING)
@@ -112,8 +112,7 @@ class Collector:
             if self.grad_scaler is not None and self.grad_scaler.is_enabled():
                 scale = self.grad_scaler.scale(torch.ones((), device=g.device))
                 g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
-            rule = block.rule
-            factors = self._factors(block, rule)
+            factors = block.gathering_factors()
             dtypes = {rule.keeps.get(name, name): A.dtype for name, A in factors.items()}
             batch, shared = kind.positions(layer, x, g)
             terms = {None: 1, "batch": batch, "batch+sequence": batch * shared}
@@ -123,7 +122,7 @@ class Collector:
             b = kind.grad_rows(layer, g, x, approx=approx, dtype=dtypes[OUTPUT])
             new = gathered(rule, factors, a, b, terms[group["loss_average"]], group)
         new.backward = torch_private.backward_number()
-        torch_private.after_backward(lambda: setattr(new, "over", True))
+        torch_private.after_backward(partial(setattr, new, "over", True))
         old = self.statistics.get(block)
         if old is not None and not old.over and old.backward == new.backward:
             positions = group["repeated_calls"] == "positions" and group["loss_average"] == "batch"
@@ -140,26 +139,12 @@ class Collector:
             self._cleared[block], old = old, None
         self.statistics[block] = new if old is None else old + new
 
-    def _factors(self, block: Block, rule: Rule) -> dict[str, StructuredMatrix]:
-        """What the rule gathers with, in a dtype for sums; the identities where it needs nothing else."""
-        block.blueprints()
-        found = block.factors.accumulated(block.state, rule.gathers_with, block.weight.device)
-        if found:
-            return found
-        start = block.start() if rule.gathers_with else block.identities()
-        found = {name: start[name] for name in rule.gathers_with or start}
-        return {name: A.to(dtype=accumulation_dtype(A.dtype)) for name, A in found.items()}
-
     def clear(self) -> None:
         """Forget the statistics with the gradients (but `collect(False)` brings them back)."""
         self._cleared = self.statistics or self._cleared
         self.statistics = {}
-        self._forget_forwards()
+        self.ddp.inside = self.ddp.outside = False
         self.attempt = Attempt()
-
-    def _forget_forwards(self) -> None:
-        if self.ddp.inside or self.ddp.outside:
-            self.ddp.clear()
 
     def collect(self, enabled: bool) -> None:
         """Whether backward passes add from now on; what the last `clear` took comes back where they don't."""
@@ -180,7 +165,7 @@ class Collector:
         of which nothing is left to do.
         """
         self.statistics, self._cleared = {}, {}
-        self._forget_forwards()
+        self.ddp.inside = self.ddp.outside = False
         return (vars(self).update(attempt=Attempt()), loss)[1]
 
     def miss(self, block: Block) -> None:
@@ -201,8 +186,7 @@ class Collector:
     def detach(self) -> None:
         """Take the hooks off."""
         self.block_of = {}
-        for handle in self.handles:
-            handle.remove()
+        _remove(self.handles)
         self.handles.clear()
 
 
@@ -240,7 +224,7 @@ class Watch:
             collector.heard.discard(block)  # so that a warning tells of this forward
             return
         wanted = output.requires_grad and weight.requires_grad
-        if block is None or not wanted or not block.due or torch_private.in_functorch():
+        if block is None or not wanted or torch_private.in_functorch() or not block.due:
             return
         x = strided(block.kind.input(args, kwargs))
         if block not in collector.witness.looked:

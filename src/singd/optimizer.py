@@ -277,8 +277,7 @@ class SINGD(torch.optim.Optimizer):
         lr_covs = {}
         for block in self._blocks:
             if block.active and block.due:
-                step = block.state.get("step", 0)
-                lr_covs[block] = groups.step_size(block.group["lr_cov"], step)
+                lr_covs[block] = groups.step_size(block.group, block.state)
         fresh = not (self.state or self._collector.heard)
         rehearsal = fresh and checkpoint.is_rehearsal(self.param_groups)
         if self._ownership.wanted:
@@ -296,8 +295,9 @@ class SINGD(torch.optim.Optimizer):
                 mine = owners is None or owners.keeps(block)
                 of = (lr_covs.get(block), statistics.get(block), mine, self._collector)
                 advance(block, self.state[block.weight], *of)
-            steps = WeightSteps(self.state, self._group_of, self._collector.attempt)
-            steps.take(used, owners, self.cache_products, rehearsal)
+            how = owners, self.cache_products, rehearsal
+            steps = WeightSteps(self.state, self._group_of, self._collector.attempt, *how)
+            steps.take(used)
         for block in used:
             lr = block.group["lr"]
             block.last_lr = lr.clone() if isinstance(lr, Tensor) else lr
@@ -429,9 +429,8 @@ class SINGD(torch.optim.Optimizer):
 
         With ``shard_factors``, and of a model under ``fully_shard``, every rank must ask for them.
         """
-        return report.stats(
-            list(self._active.values()), self.state, self._group_of, self._ownership
-        )
+        blocks = list(self._active.values())
+        return report.stats(blocks, self.state, self._group_of, self._ownership)
 
     def _rows(self) -> list[tuple[str, ...]]:
         blocks = list(self._active.values())

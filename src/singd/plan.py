@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -138,7 +138,7 @@ class Plan:
             found.append({**adamw, "params": rest})
         return found
 
-    def take(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    def take(self, param_groups: groups.Groups) -> None:
         """Note what is trained by groups that were added."""
         ours = [g["params"] for g in param_groups if g["algorithm"] == "singd"]
         handed = {p for params in ours for p in params}
@@ -233,7 +233,6 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], dict[nn.Parameter, str]]
     for block in blocks.values():
         if block.own_bias is not None and sum(block.own_bias is b for b in biases) > 1:
             reasons[block.own_bias] = "it is the bias of layers with other weights"
-    for block in blocks.values():
         if block.own_bias in reasons:
             block.own_bias = None
     found = [b for w, b in blocks.items() if w not in reasons]

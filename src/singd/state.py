@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from singd.precision import accumulation_dtype, wide_dtype
-from singd.rules import Rule
+from singd.rules import Factors, Rule
 from singd.structures import StructuredMatrix
 from singd.torch_private import version
+
+State: TypeAlias = dict[str, Any]
+"""What torch keeps of one parameter."""
+
+States: TypeAlias = Mapping[Any, State]
+"""The same of all parameters."""
+
+Matrices: TypeAlias = dict[str, StructuredMatrix]
 
 COUNTERS = ("step", "last_update", "updates")
 """Beside the factors: steps taken, the step of the last update (-1 before the first), and how many there were."""
@@ -39,8 +47,8 @@ class FactorState:
     def __init__(self) -> None:
         self.key: Any = None
         self.started = False
-        self.blueprints: dict[str, StructuredMatrix] = {}
-        self.identity: dict[str, StructuredMatrix] = {}
+        self.blueprints: Matrices = {}
+        self.identity: Matrices = {}
         self.product_numel = 0
         self.handed: dict[str, Tensor] | None = {}
         self._forget()
@@ -49,17 +57,15 @@ class FactorState:
         self._views: dict[str, tuple[Tensor, StructuredMatrix]] = {}
         self._prepared: tuple[Any, Any] = ((), None)
 
-    def shape_as(
-        self, key: Any, identity: Mapping[str, StructuredMatrix], keeps: Mapping[str, str]
-    ) -> None:
+    def shape_as(self, key: Any, identity: Matrices, keeps: Mapping[str, str]) -> None:
         """Take blueprints for other structures, sizes or dtypes."""
-        self.identity = dict(identity)
+        self.identity = identity
         self.blueprints = {name: identity[side] for name, side in keeps.items()}
         self.product_numel = sum(eye.numel for eye in identity.values() if eye.numel > eye.n)
         self._forget()
         self.key = key  # last, so that what an exception left half done is done again
 
-    def adopt(self, state: Mapping[str, Any]) -> None:
+    def adopt(self, state: State) -> None:
         """Take the dtypes of factors that were loaded, which another process may keep."""
         for name, A in self.blueprints.items():
             if name in state:
@@ -67,9 +73,7 @@ class FactorState:
         self._forget()
         self.started = "step" in state
 
-    def read(
-        self, state: dict[str, Any], names: Iterable[str], device: torch.device
-    ) -> dict[str, StructuredMatrix]:
+    def read(self, state: State, names: Iterable[str], device: torch.device) -> Matrices:
         """Views on the numbers in the state, which follow the weight to its device, or on those handed out.
 
         A name without numbers is left out: a momentum that was switched on later is zero.
@@ -89,9 +93,7 @@ class FactorState:
             found[name] = matrix
         return found
 
-    def accumulated(
-        self, state: dict[str, Any], names: Iterable[str], device: torch.device
-    ) -> dict[str, StructuredMatrix]:
+    def accumulated(self, state: State, names: Iterable[str], device: torch.device) -> Matrices:
         """The same in a dtype for arithmetic on them."""
         found = self.read(state, names, device)
         for name, A in found.items():
@@ -100,9 +102,7 @@ class FactorState:
                 found[name] = A.to(dtype=accumulation_dtype(stored))
         return found
 
-    def moved(
-        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix], some: Tensor | bool
-    ) -> dict[str, Tensor] | None:
+    def moved(self, state: State, new: Factors, some: Tensor | bool) -> dict[str, Tensor] | None:
         """The numbers of new factors in the dtypes of the old ones, which stay where a new one is not finite.
 
         Args:
@@ -122,19 +122,11 @@ class FactorState:
         finite = torch.stack(sums).isfinite().all()
         return {n: torch.where(finite & some, v, state[n]) for n, v in numbers.items()}
 
-    def flat(
-        self, state: Mapping[str, Any], new: Mapping[str, StructuredMatrix]
-    ) -> dict[str, Tensor]:
+    def flat(self, state: State, new: Factors) -> dict[str, Tensor]:
         """The numbers of factors, in the dtype that is there: a model that is cast leaves them as they were."""
-        found = {}
-        for name, A in new.items():
-            flat, dtype = A.flat(), state.get(name, self.blueprints[name]).dtype
-            found[name] = flat if flat.dtype == dtype else flat.to(dtype)
-        return found
+        return {n: A.flat().to(state.get(n, self.blueprints[n]).dtype) for n, A in new.items()}
 
-    def grew(
-        self, state: Mapping[str, Any], new: Mapping[str, Tensor], names: Iterable[str]
-    ) -> bool:
+    def grew(self, state: State, new: Mapping[str, Tensor], names: Iterable[str]) -> bool:
         """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
         return any(
             bool(_norm(new[name]) > 10 * _norm(state[name]))
@@ -142,20 +134,17 @@ class FactorState:
             if new[name].device.type == "cpu"
         )
 
-    def prepared(self, rule: Rule, state: dict[str, Any], keep: bool, device: torch.device) -> Any:
+    def prepared(self, rule: Rule, state: State, keep: bool, device: torch.device) -> Any:
         """What the rule's direction needs; where it is kept, formed anew when the numbers have changed."""
         if not keep:
             return rule.prepare(self.accumulated(state, self.blueprints, device), keep=False)
+        self.read(state, self.blueprints, device)  # which brings them to the device
         of = [(flat, version(flat)) for flat in map(state.get, self.blueprints) if flat is not None]
         known, value = self._prepared
-        same = len(known) == len(of) and all(
-            f is g and v == w and f.device == device
-            for (f, v), (g, w) in zip(known, of, strict=True)
-        )
-        if not same:
+        pairs = zip(known, of, strict=False)
+        if len(known) != len(of) or any(f is not g or v != w for (f, v), (g, w) in pairs):
             value = rule.prepare(self.accumulated(state, self.blueprints, device), keep=True)
-            here = [state[name] for name in self.blueprints if name in state]
-            self._prepared = [(flat, version(flat)) for flat in here], value
+            self._prepared = of, value
         return value
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singd.precision import wide_dtype
 from singd.rows import Rows
-from singd.rules import Curvature, Rule
+from singd.rules import Curvature, Factors, Rule
 from singd.structures import StructuredMatrix
 
 
@@ -62,10 +62,8 @@ class Statistics:
             old.to(dtype=wide_dtype(old.dtype)) + more.to(dtype=wide_dtype(more.dtype))
             for old, more in ((self.H_K, new.H_K), (self.H_C, new.H_C))
         )
-        numbers = (getattr(self, n) + getattr(new, n) for n in ("u", "g", "rows", "terms"))
-        return replace(
-            new, H_K=H_K, H_C=H_C, **dict(zip(("u", "g", "rows", "terms"), numbers, strict=True))
-        )
+        numbers = {n: getattr(self, n) + getattr(new, n) for n in ("u", "g", "rows", "terms")}
+        return replace(new, H_K=H_K, H_C=H_C, **numbers)
 
     def follows(self, old: Statistics, positions: bool) -> None:
         """Be those of one more call in the pass that added to the old ones last.
@@ -81,12 +79,7 @@ class Statistics:
 
 
 def gathered(
-    rule: Rule,
-    factors: Mapping[str, StructuredMatrix],
-    a: Rows,
-    g: Rows,
-    terms: int,
-    options: Mapping[str, Any],
+    rule: Rule, factors: Factors, a: Rows, g: Rows, terms: int, options: Mapping[str, Any]
 ) -> Statistics:
     """The statistics of one backward pass through one layer.
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -68,47 +68,41 @@ class WeightSteps:
         states: The optimizer's state by parameter; momenta are kept in it.
         group_of: Each parameter's param_group.
         attempt: Parameters that have moved already are left alone.
+        owners: Which process keeps which layer; None where each keeps all.
+        cache_products: Whether products of the factors are kept between updates; None: where they are small.
+        rehearsal: Whether all gradients are zero, and no factors needed.
         momenta: New ones, that are stored when their parameter moves.
     """
 
     states: MutableMapping[Any, dict[str, Any]]
     group_of: Mapping[nn.Parameter, dict[str, Any]]
     attempt: Attempt
+    owners: Ownership | None
+    cache_products: bool | None
+    rehearsal: bool
     momenta: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
-    def take(
-        self,
-        blocks: Sequence[Block],
-        owners: Ownership | None,
-        cache_products: bool | None,
-        rehearsal: bool,
-    ) -> None:
+    def take(self, blocks: Sequence[Block]) -> None:
         """Move the parameters of layers along their directions, on a CPU while these are still in its cache.
 
         Other devices move many parameters of a group in one call, as torch's own optimizers do.
 
         Args:
             blocks: Those that take part in a step.
-            owners: Which process keeps which layer; None where each keeps all.
-            cache_products: Whether products of the factors are kept between updates; None: where they are small.
-            rehearsal: Whether all gradients are zero, and no factors needed.
         """
 
-        def matrices() -> Iterator[tuple[Block, Any]]:
-            for portion in self._averaged(blocks):
-                yield from self._preconditioned(portion, owners, cache_products, rehearsal)
-
         def parts() -> Iterator[tuple[Block, Any]]:
-            if owners is not None:
-                for block, N in owners.directions(matrices(), rehearsal):
+            if self.owners is not None:
+                found = chain.from_iterable(map(self._preconditioned, self._averaged(blocks)))
+                for block, N in self.owners.directions(found, self.rehearsal):
                     yield block, block.parts(N)
                 return
             for portion in self._averaged(blocks):
-                few = rehearsal or len(portion) < alike.FEW
+                few = self.rehearsal or len(portion) < alike.FEW
                 together, alone = ([], portion) if few else alike.split(portion, self.states)
                 for some in together:
                     yield from alike.directions(some, self.states)
-                for block, N in self._preconditioned(alone, None, cache_products, rehearsal):
+                for block, N in self._preconditioned(alone):
                     yield block, block.parts(N)
 
         def directions() -> Iterator[tuple[nn.Parameter, Direction | None]]:
@@ -129,27 +123,21 @@ class WeightSteps:
             for (_, rms, *_), some in same.items():
                 self._sgd([p for p, _ in some], [d for _, d in some], rms)
 
-    def _preconditioned(
-        self,
-        portion: Sequence[tuple[Block, list[Tensor]]],
-        owners: Ownership | None,
-        cache_products: bool | None,
-        rehearsal: bool,
-    ) -> Iterator[tuple[Block, Any]]:
+    def _preconditioned(self, portion: alike.Portion) -> Iterator[tuple[Block, Any]]:
         """The preconditioned gradients of layers, one by one; None where another process computes it."""
         for block, V in portion:
-            dW = block.matrix(V)
-            if rehearsal:
+            rule, dW = block.rule, block.matrix(V)
+            if self.rehearsal:
                 yield block, dW  # it is zero
-            elif owners is not None and not owners.keeps(block):
+            elif self.owners is not None and not self.owners.keeps(block):
                 yield block, None
             else:
-                keep = block.group["T"] != 1 and keeps_products(block, cache_products)
-                rule, state = block.rule, self.states[block.weight]
-                prepared = block.factors.prepared(rule, state, keep, block.weight.device)
+                keep = block.group["T"] != 1 and keeps_products(block, self.cache_products)
+                state, device = self.states[block.weight], block.weight.device
+                prepared = block.factors.prepared(rule, state, keep, device)
                 yield block, rule.direction(prepared, dW, overwrite=block.bias is not None)
 
-    def _averaged(self, blocks: Sequence[Block]) -> Iterator[list[tuple[Block, list[Tensor]]]]:
+    def _averaged(self, blocks: Sequence[Block]) -> Iterator[alike.Portion]:
         """The averaged gradients of each layer's parameters, whole.
 
         Small layers share calls: as many as fit into a CPU's cache, or, where ``fully_shard`` spread parameters

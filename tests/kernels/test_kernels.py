@@ -111,7 +111,7 @@ def test_every_faster_form_does_what_the_plain_one_does(constants, name, dtype):
     for args in CASES[name](dtype):
         expected = kernel.plain(*args)
         for twin in kernel.twins.values():
-            if twin.pays(*args):
+            if twin.pays is None or twin.pays(*args):
                 tried += 1
                 agree(twin.run(*args), expected, name, dtype)
     assert tried > 0

@@ -54,10 +54,8 @@ def shifted_gram(p: Patches, plan: Plan) -> Tensor:
         phases = {i: unfold(x[:, :, i::stride], rest) for i in plan.phases}  # [E, rows, B * places]
         for total, product in zip(sums, plan.products, strict=True):
             U, V, shift, lo, hi = product
-            L, R = (
-                phases[U][:, lo:hi].flatten(1),
-                phases[V][:, lo + shift : hi + shift].flatten(1).T,
-            )
+            L = phases[U][:, lo:hi].flatten(1)
+            R = phases[V][:, lo + shift : hi + shift].flatten(1).T
             if product.symmetric:
                 add_symmetric_(total, L, R)
             else:

@@ -21,11 +21,11 @@ class Twin(NamedTuple):
 
     Attributes:
         run: Takes and returns what the plain form does, up to rounding and memory layout.
-        pays: Whether it takes less time, asked with the same arguments.
+        pays: Whether it takes less time, asked with the same arguments; None: always.
     """
 
     run: Callable[..., Any]
-    pays: Callable[..., bool]
+    pays: Callable[..., bool] | None
 
 
 class Kernel(Generic[In, Out]):
@@ -47,7 +47,7 @@ class Kernel(Generic[In, Out]):
         if _in_use[0] == "fast" and self.twins:
             device: Any = args[0].device  # type: ignore[attr-defined]
             twin = self.twins.get(device.type) or self.twins.get("any")
-            if twin is not None and twin.pays(*args, **kwargs):
+            if twin is not None and (twin.pays is None or twin.pays(*args, **kwargs)):
                 return twin.run(*args, **kwargs)
         return self.plain(*args, **kwargs)
 
@@ -67,14 +67,14 @@ def register_kernel(
         name: The kernel's.
         device: A device type, such as "cuda", or "any" for all without a form of their own.
         run: The faster form.
-        pays: Whether it takes less time, asked with the same arguments; always, by default.
+        pays: Whether it takes less time, asked with the same arguments; None: always.
 
     Raises:
         ValueError: If there is no such kernel; the sentence lists the choices.
     """
     if name not in KERNELS:
         raise ValueError(f"Unknown kernel {name!r}; choose from {', '.join(sorted(KERNELS))}.")
-    KERNELS[name].twins[device] = Twin(run, pays or (lambda *args, **kwargs: True))
+    KERNELS[name].twins[device] = Twin(run, pays)
 
 
 class use:

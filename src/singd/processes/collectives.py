@@ -97,9 +97,8 @@ def all_gather_flat(pieces: Sequence[Piece], where: str = "step") -> list[Tensor
             if layout.shard_numel is None:
                 dist.all_reduce(buffer)
             else:
-                all_gather(
-                    buffer, buffer[here * layout.shard_numel :][: layout.shard_numel].clone()
-                )
+                mine = buffer[here * layout.shard_numel :][: layout.shard_numel]
+                all_gather(buffer, mine.clone())
     return whole
 
 

@@ -27,11 +27,7 @@ class DDPDetector:
         self.params: set[Tensor] = set()
         self._last: Any = lambda: None
         self._has_all = False
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was seen: the gradients are used up or cleared."""
-        self.inside = self.outside = False
+        self.inside = self.outside = False  # as again once the gradients are used up or cleared
 
     def saw_forward(self) -> None:
         """Note what runs this forward of one of the optimizer's layers."""

@@ -124,7 +124,8 @@ class Reduction:
             self._layout = Layout(list(accumulate([0, *sizes[:-1]])), sum(sizes), None)
         else:
             self._layout = Layout.of(sizes, owners, world_size())
-        wide = torch.float64 if any(_dtype(b) == torch.float64 for b in blocks) else torch.float32
+        dtypes = {A.dtype for b in blocks for A in b.factors.identity.values()}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
         self._sums = torch.zeros(self._layout.numel, dtype=wide, device=blocks[0].weight.device)
         for block, start in zip(blocks, self._layout.offsets, strict=True):
             mine = statistics.get(block)
@@ -165,13 +166,7 @@ def _from_sums(block: Block, sums: Tensor) -> Statistics:
     flat_K, flat_C, counts = sums.split(_sizes(block))
     once = 1 / world_size() ** 2  # each rank's gradient counts 1/N, and enters squared
     u, g, rows, terms = counts.clone().unbind()
-    eye = block.factors.identity
-    H_K, H_C = (
-        eye[side].from_flat(flat.to(wide_dtype(eye[side].dtype)))
-        for side, flat in ((INPUT, flat_K), (OUTPUT, flat_C * once))
-    )
+    K, C = (block.factors.identity[side] for side in (INPUT, OUTPUT))
+    H_K = K.from_flat(flat_K.to(wide_dtype(K.dtype)))
+    H_C = C.from_flat((flat_C * once).to(wide_dtype(C.dtype)))
     return Statistics(H_K, H_C, u, g * once, rows, terms)
-
-
-def _dtype(block: Block) -> torch.dtype:
-    return torch.promote_types(*(A.dtype for A in block.factors.identity.values()))

@@ -8,7 +8,7 @@ are P(K^T U K) already.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from singd.blocks import Block
 from singd.groups import is_due
 from singd.processes.collectives import Piece, all_gather_flat, rank, world_size
 from singd.rules import INPUT, OUTPUT
-
-States = Mapping[Any, dict[str, Any]]
+from singd.state import States
 
 
 def cost(block: Block) -> float:
@@ -104,7 +103,7 @@ class Ownership:
 
     def keeps(self, block: Block) -> bool:
         """Whether the factors of a block are kept here."""
-        return not self.divided or self.owner[block] == self.rank
+        return self.owner[block] == self.rank
 
     def gathered(
         self, blocks: Sequence[Block], states: States, where: str, gathers_with: bool = False
@@ -135,7 +134,7 @@ class Ownership:
         return [{name: next(flat) for name in some} for some in names]
 
     def directions(
-        self, found: Iterable[tuple[Block, Tensor | None]], complete: bool = False
+        self, found: Iterable[tuple[Block, Any]], complete: bool
     ) -> Iterator[tuple[Block, Tensor]]:
         """The preconditioned gradients of all blocks, [d_o, d_i], from those that each rank has computed.
 
@@ -143,17 +142,15 @@ class Ownership:
             found: Each block with its own, or with None where another rank owns it.
             complete: Whether every rank has them all.
         """
-        if complete or not self.divided:
-            for block, N in found:
-                assert N is not None
-                yield block, N
+        if complete:
+            yield from found
             return
         pairs = list(found)
         pieces = []
         for block, N in pairs:
-            dtype = block.weight.dtype  # that of the weights will do, however wide the factors are
-            for p in block.params:
-                dtype = torch.promote_types(dtype, p.dtype)
+            weight, bias = block.params[0], block.params[-1]
+            # that of the weights will do, however wide the factors are
+            dtype = torch.promote_types(weight.dtype, bias.dtype)
             numel, device = math.prod(block.size), block.weight.device
             pieces.append(Piece(self.owner[block], numel, dtype, device, N))
         for (block, _), flat in zip(pairs, all_gather_flat(pieces), strict=True):
@@ -172,8 +169,6 @@ class Ownership:
             used: Those that took part in this step, whose factors are old now.
             states: The optimizer's state.
         """
-        if not self.divided:
-            return
         for block in used:
             block.factors.handed = None
         due = []

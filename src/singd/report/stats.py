@@ -11,16 +11,15 @@ from torch import Tensor
 
 from singd.blocks import Block, whole
 from singd.checkpoint import state_bytes
-from singd.processes.ownership import Ownership, States
+from singd.groups import Group
+from singd.processes.ownership import Ownership
+from singd.state import States
 from singd.weight_steps import matched
 
 
 @torch.no_grad()
 def stats(
-    blocks: Sequence[Block],
-    states: States,
-    group_of: Mapping[Any, Mapping[str, Any]],
-    ownership: Ownership,
+    blocks: Sequence[Block], states: States, group_of: Mapping[Any, Group], ownership: Ownership
 ) -> dict[str, dict[str, float]]:
     """Diagnostics of every preconditioned layer, computed from the state when called.
 
@@ -62,10 +61,7 @@ def stats(
 
 
 def _update_ratio(
-    block: Block,
-    states: States,
-    group_of: Mapping[Any, Mapping[str, Any]],
-    factors: dict[str, Any],
+    block: Block, states: States, group_of: Mapping[Any, Group], factors: dict[str, Any]
 ) -> float:
     """The step was -lr (d + decay W) with the weight W before it, and d is known again from what is kept."""
     options, steps, weights = block.group, [], []

@@ -8,7 +8,9 @@ from typing import Any
 
 from singd.blocks import Block
 from singd.checkpoint import state_bytes
+from singd.groups import Groups
 from singd.rules import INPUT, OUTPUT
+from singd.state import States
 
 HEADER = ("layer", "kind", "matrix", "K", "C", "state bytes", "group")
 
@@ -17,8 +19,8 @@ def rows(
     blocks: Sequence[Block],
     names: Mapping[Any, str],
     reasons: Mapping[Any, str],
-    param_groups: Sequence[Mapping[str, Any]],
-    states: Mapping[Any, Mapping[str, Any]],
+    param_groups: Groups,
+    states: States,
 ) -> list[tuple[str, ...]]:
     """One row per layer, then one per parameter that the fallback trains or that is left out.
 

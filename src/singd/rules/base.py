@@ -24,6 +24,9 @@ INPUT, OUTPUT = "input", "output"
 Factors: TypeAlias = Mapping[str, StructuredMatrix]
 """What a rule keeps of one layer, by name."""
 
+Pair: TypeAlias = tuple[StructuredMatrix, StructuredMatrix]
+"""A matrix of the input side, and one of the output side."""
+
 
 @dataclass(eq=False)
 class Curvature:
@@ -90,9 +93,7 @@ class Rule(ABC):
         scale = {name: 1.0 if len(name) == 1 else 0.0 for name in self.keeps}
         return {name: identity[side] * scale[name] for name, side in self.keeps.items()}
 
-    def curvature(
-        self, factors: Factors, a: Rows, g: Rows
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def curvature(self, factors: Factors, a: Rows, g: Rows) -> Pair:
         """Raw sums over the rows of one backward pass, which are added over passes and processes.
 
         Args:
@@ -121,7 +122,7 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def sides(self, factors: Factors) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def sides(self, factors: Factors) -> Pair:
         """The matrices A (input) and B (output) whose products precondition: N = B B^T dW A A^T."""
 
     def prepare(self, factors: Factors, keep: bool) -> Any:

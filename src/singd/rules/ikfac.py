@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from singd.rules.base import Curvature
+from singd.rules.base import Curvature, Pair
 from singd.rules.singd import Singd, _inverse_root
 from singd.structures import StructuredMatrix
 
@@ -24,9 +24,7 @@ class Ikfac(Singd):
 
     name = "ikfac"
 
-    def momenta(
-        self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def momenta(self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]) -> Pair:
         K, C, _, _, H_K, H_C = factors
         return ikfac_momentum(K, H_K, damping[0]), ikfac_momentum(C, H_C, damping[1])
 

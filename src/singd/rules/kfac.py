@@ -7,13 +7,14 @@ arXiv:1503.05671 (section 6.3 on pi); Grosse and Martens, arXiv:1602.01407, for 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from singd.rows import Rows
-from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Rule, averaging
+from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Pair, Rule, averaging
 from singd.structures import BlockDiagonal, Dense, Diagonal, StructuredMatrix
 
 
@@ -54,9 +55,7 @@ class Kfac(Rule):
         scale = {"U": 0.0, "G": 0.0, "U_inv": 1.0, "G_inv": 1.0}
         return {name: identity[side] * scale[name] for name, side in self.keeps.items()}
 
-    def curvature(
-        self, factors: Factors, a: Rows, g: Rows
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def curvature(self, factors: Factors, a: Rows, g: Rows) -> Pair:
         """P(A^T A) and P(B^T B) for the rows A and B."""
         return factors[INPUT].project_congruence(a), factors[OUTPUT].project_congruence(g)
 
@@ -72,10 +71,8 @@ class Kfac(Rule):
         root = (options["damping"] * (u * g if options["relative_damping"] else one)).sqrt()
         U_inv, G_inv = self.damped_inverse(U, pi * root), self.damped_inverse(G, root / pi)
         if options["relative_damping"]:  # no curvature, no damping: the inverses stay
-            U_inv, G_inv = (
-                A.map(lambda new, old: torch.where(some, new, old), factors[name])
-                for name, A in (("U_inv", U_inv), ("G_inv", G_inv))
-            )
+            choose: Any = partial(torch.where, some)
+            U_inv, G_inv = U_inv.map(choose, factors["U_inv"]), G_inv.map(choose, factors["G_inv"])
         return {"U": U, "G": G, "U_inv": U_inv, "G_inv": G_inv}
 
     def damped_inverse(self, A: StructuredMatrix, shift: Tensor) -> StructuredMatrix:
@@ -89,7 +86,7 @@ class Kfac(Rule):
             return inverse.to(dtype=self.inverse_dtype).to(dtype=A.dtype)
         return damped.map(_inverse).to(dtype=A.dtype)
 
-    def sides(self, factors: Factors) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def sides(self, factors: Factors) -> Pair:
         return factors["U_inv"], factors["G_inv"]
 
     def prepare(self, factors: Factors, keep: bool) -> Any:

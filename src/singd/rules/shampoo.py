@@ -10,24 +10,31 @@ Source: Lin et al., "Structured Inverse-Free Natural Gradient", ICML 2024, appen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from singd.precision import wide_dtype
 from singd.rows import DenseRows
-from singd.rules.base import Curvature, Factors
-from singd.rules.singd import Singd, riemannian_momenta
+from singd.rules.base import Curvature, Factors, Pair
+from singd.rules.singd import Singd
 from singd.structures import StructuredMatrix
 
 
 class Shampoo(Singd):
-    """SINGD on the gradient's own second moments, without rows."""
+    r"""SINGD on the gradient's own second moments, without rows.
+
+    H_K holds the other factor's trace already, and so does H_C:
+
+    .. math::
+        m_K \leftarrow \alpha_1 m_K
+            + \tfrac12 [H_K + \lambda \operatorname{tr}(C^\top C) P(K^\top K) - I]
+    """
 
     name = "shampoo"
     needs_rows = False
     gathers_with: tuple[str, ...] = ()
+    tr_H = (1.0, 1.0)
 
     def gradient_curvature(self, factors: Factors, dW: Tensor) -> Curvature:
         """P(K^T dW^T C C^T dW K) / d_o and P(C^T dW K K^T dW^T C) / d_i; u g is the mean square of dW."""
@@ -39,23 +46,8 @@ class Shampoo(Singd):
         H_C = C.project_congruence(DenseRows(right)).mul_(1 / d_i)
         return Curvature(H_K, H_C, dW.to(wide_dtype(dW.dtype)).square().mean(), 1.0)
 
-    def momenta(
-        self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
-        r"""As SINGD's, where H_K holds the other factor's trace already.
-
-        .. math::
-            m_K \leftarrow \alpha_1 m_K
-                + \tfrac12 [H_K + \lambda \operatorname{tr}(C^\top C) P(K^\top K) - I]
-        """
-        normalize = bool(options["normalize_lr_cov"])
-        alpha1, ones = options["alpha1"], (1.0, 1.0)
-        return riemannian_momenta(
-            *factors, damping=damping, alpha1=alpha1, normalize=normalize, tr_H=ones
-        )
-
     def scaled_curvature(
         self, H_K: StructuredMatrix, H_C: StructuredMatrix, k: Any, c: Any
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    ) -> Pair:
         """Each holds both factors, twice."""
         return H_K * (k * k * c * c), H_C * (k * k * c * c)

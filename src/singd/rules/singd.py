@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from singd.rows import Rows
-from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Rule, averaging
+from singd.rules.base import INPUT, OUTPUT, Curvature, Factors, Pair, Rule, averaging
 from singd.structures import StructuredMatrix
 
 
@@ -34,7 +34,7 @@ def riemannian_momenta(
     alpha1: float,
     normalize: bool = False,
     tr_H: tuple[Any, Any] | None = None,
-) -> tuple[StructuredMatrix, StructuredMatrix]:
+) -> Pair:
     r"""The new momenta of both factors, from the *old* factors on both sides.
 
     .. math::
@@ -45,8 +45,8 @@ def riemannian_momenta(
     ``tr_H`` are other numbers in the place of the average traces of both H.
     """
     KK, CC = K.gram(), C.gram()  # P(K^T K), P(C^T C)
-    tr_H_K, tr_H_C = tr_H or (H_K.average_trace(), H_C.average_trace())
-    tr_KK, tr_CC = KK.average_trace(), CC.average_trace()
+    tr_H_K, tr_H_C = tr_H or (H_K.trace() / H_K.n, H_C.trace() / H_C.n)
+    tr_KK, tr_CC = KK.trace() / KK.n, CC.trace() / CC.n
     half = 0.5 * (1 - alpha1) if normalize else 0.5
 
     new_m_K = (m_K * alpha1).add_(H_K, half * tr_H_C).add_(KK, half * damping * tr_CC)
@@ -83,14 +83,14 @@ class Singd(Rule):
     name = "singd"
     keeps = {"K": INPUT, "C": OUTPUT, "m_K": INPUT, "m_C": OUTPUT}
     gathers_with: tuple[str, ...] = ("K", "C")
+    tr_H: tuple[Any, Any] | None = None
+    """Numbers in the place of the average traces of H_K and H_C."""
 
     def kept(self, options: Mapping[str, Any]) -> Mapping[str, str]:
         """Without momentum, the momenta need not be kept."""
         return self.keeps if options["alpha1"] else {"K": INPUT, "C": OUTPUT}
 
-    def curvature(
-        self, factors: Factors, a: Rows, g: Rows
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def curvature(self, factors: Factors, a: Rows, g: Rows) -> Pair:
         """P(K^T A^T A K) and P(C^T B^T B C) for the rows A and B."""
         return factors["K"].project_congruence(a), factors["C"].project_congruence(g)
 
@@ -106,25 +106,18 @@ class Singd(Rule):
             K, C = K * k, C * c
             H_K, H_C = self.scaled_curvature(H_K, H_C, k, c)
         m_K, m_C = self.momenta(K, C, m_K, m_C, H_K, H_C, damping=damping, options=options)
-        beta, normalize = (
-            averaging(options, options["lr_cov"], updates),
-            options["normalize_lr_cov"],
-        )
+        beta = averaging(options, options["lr_cov"], updates)
+        normalize = options["normalize_lr_cov"]
         K = moved_factor(K, m_K, step_size(m_K, beta, normalize))
         C = moved_factor(C, m_C, step_size(m_C, beta, normalize))
         new = {"K": K, "C": C, "m_K": m_K, "m_C": m_C}
         return {name: new[name] for name in self.kept(options)}
 
-    def momenta(
-        self,
-        *factors: StructuredMatrix,
-        damping: Any,
-        options: Mapping[str, Any],
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def momenta(self, *factors: StructuredMatrix, damping: Any, options: Mapping[str, Any]) -> Pair:
         """The new momenta from K, C, m_K, m_C, H_K, H_C."""
-        normalize = bool(options["normalize_lr_cov"])
+        normalize, alpha1 = bool(options["normalize_lr_cov"]), options["alpha1"]
         return riemannian_momenta(
-            *factors, damping=damping, alpha1=options["alpha1"], normalize=normalize
+            *factors, damping=damping, alpha1=alpha1, normalize=normalize, tr_H=self.tr_H
         )
 
     def damping(self, curvature: Curvature, options: Mapping[str, Any]) -> Any:
@@ -139,11 +132,11 @@ class Singd(Rule):
 
     def scaled_curvature(
         self, H_K: StructuredMatrix, H_C: StructuredMatrix, k: Any, c: Any
-    ) -> tuple[StructuredMatrix, StructuredMatrix]:
+    ) -> Pair:
         """What was gathered with K and C as if it were with k K and c C."""
         return H_K * (k * k), H_C * (c * c)
 
-    def sides(self, factors: Factors) -> tuple[StructuredMatrix, StructuredMatrix]:
+    def sides(self, factors: Factors) -> Pair:
         return factors["K"], factors["C"]
 
 

@@ -328,9 +328,8 @@ class StructuredMatrix(ABC):
     def _repr_html_(self) -> str:
         index, columns = picture.sampled(self.n)
         entries = self.mm(columns.to(dtype=self.dtype, device=self.device))[index.to(self.device)]
-        words = (
-            f"{type(self).__name__}, {self.n} x {self.n}, {str(self.dtype).removeprefix('torch.')}"
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        words = f"{type(self).__name__}, {self.n} x {self.n}, {dtype}"
         numbers = f"{self.numel:,} numbers, {self.numel / max(1, self.n) ** 2:.1%} of dense"
         return picture.html_picture(entries, words, numbers)
 

@@ -168,9 +168,8 @@ class Bordered(StructuredMatrix):
         return out
 
     def preconditioner(self) -> Preconditioner:
-        N = self.mm(
-            self._rows().T
-        ).T  # the dense rows of K K^T; the others are their transposes, and diagonal
+        # the dense rows of K K^T; the others are their transposes, and diagonal
+        N = self.mm(self._rows().T).T
         d, k, end = pad(self.d.square(), (self.first, self.last))[:, None], self.first, self._end
 
         def multiply(X: Tensor) -> Tensor:

@@ -53,10 +53,10 @@ class Dense(StructuredMatrix):
 
     def mm_AAt(self, X: Tensor) -> Tensor:
         # One product with a wide X instead of two, as A A^T itself costs half of the second.
-        return self.cogram().mm(X) if 2 * X.shape[1] > self.n else self.mm(self.tmm(X))
+        return self.project(self.a).mm(X) if 2 * X.shape[1] > self.n else self.mm(self.tmm(X))
 
     def preconditioner(self) -> Preconditioner:
-        kept = Dense(self.cogram().a.contiguous())  # without the room behind its rows
+        kept = Dense(self.project(self.a).a.contiguous())  # without the room behind its rows
         return Preconditioner(kept.mm, self.dtype)
 
     def gram(self) -> Dense:
