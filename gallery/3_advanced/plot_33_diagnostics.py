@@ -23,7 +23,7 @@ healthy one and three sick ones, and shows the remedies.
 What to look at
 ---------------
 
-The factors start as identities and follow
+With ``PUBLISHED`` options the factors start as identities and follow
 
 .. math::
 

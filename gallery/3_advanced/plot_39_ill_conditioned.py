@@ -124,7 +124,8 @@ def tuned(make, rotated):
 # ---------------------
 #
 # First without the rotation, so that each input has its own scale. Rates are
-# tuned on half decades; bands are ranges over three problems of chance.
+# tuned on half decades; bands are ranges over three random problems. SINGD is
+# dashed.
 
 
 def compare(rotated):

@@ -50,8 +50,10 @@ class SINGD(torch.optim.Optimizer):
         &\quad M \leftarrow \alpha_2 M + N, \qquad W \leftarrow W - \beta_2 M
         \end{aligned}
 
-    :math:`P` projects onto the structure, :math:`\operatorname{tr}` is the average trace. Parameters that
-    are in no supported layer (norms, loose parameters, ...) train with AdamW, in a group of their own.
+    :math:`P` projects onto the structure, :math:`\operatorname{tr}` is the average trace. This is the method as
+    published. By default the momentum averages gradients, before the factors, and the step is scaled to a size
+    of its own (``momentum_on``, ``match_rms``). Parameters that are in no supported layer (norms, loose
+    parameters, ...) train with AdamW, in a group of their own.
 
     Args:
         model: The model that is trained; its layers get forward hooks.
