@@ -240,8 +240,9 @@ assert SHOWN["dense"][1].factors("0").K.dense().diagonal(1).mean() < 0
 # %%
 # Neighbouring pixels are alike. The entries between them are negative, so that
 # :math:`K` amplifies differences of pixels. Blocks of 8 hold those within a
-# row of the image, and lose little. Diagonal holds none, and ends where AdamW does. Dense is no
-# better than the default, since one block of 64 holds all pixels here.
+# row of the image, and lose little. Diagonal holds none, and ends where AdamW
+# does. Dense is no better than the default, since one block of 64 holds all
+# pixels here.
 #
 # T: the pace of the factors
 # --------------------------
