@@ -28,8 +28,8 @@ weights in another, :math:`\theta = A \phi`. The chain rule gives
    A \, (-\nabla_\phi \ell) = -A A^\top \, \nabla_\theta \ell .
 
 This is the step :math:`-\nabla_\theta \ell` only if :math:`A A^\top = I`. A
-weight per centimetre is ten times the weight per millimetre. So in
-millimetres its step is 100 times longer.
+weight per centimetre is ten times the weight per millimetre. So a step in
+millimetres moves it 100 times as far.
 """
 
 import matplotlib.pyplot as plt
@@ -293,7 +293,8 @@ assert torch.allclose(moved, one[1], rtol=1e-4)
 #
 # .. admonition:: Exercise
 #
-#    Train :math:`s` instead of :math:`w = e^s - 1`. Is the path the same?
+#    Take natural gradient steps on :math:`s` instead of :math:`w = e^s - 1`.
+#    Is the path the same?
 #
 # .. dropdown:: Solution
 #

@@ -275,8 +275,8 @@ for name, chosen in labels.items():
 # When not to use this
 # --------------------
 #
-# All labels cost a backward pass per class, Monte Carlo one in all. The
-# empirical Fisher costs none: its whole merit.
+# All labels cost a backward pass per class, Monte Carlo one. The empirical
+# Fisher costs none: that is its whole merit.
 #
 # .. admonition:: Lessons learned
 #

@@ -27,7 +27,8 @@ gradient of one example is a *sum* of products,
    \nabla_W \ell = \sum_s g_s a_s^\top .
 
 The sum over :math:`s` may stand outside or inside the square. As in lesson 3,
-let the rest of the network be one matrix :math:`B`, and the loss a square.
+let the rest of the network be one matrix :math:`B`, and the loss a sum of
+squares.
 
 **Per token.** Every position has an output :math:`f_s = B z_s` and a label of
 its own. Then each position is an example in its own right, and lesson 3 holds

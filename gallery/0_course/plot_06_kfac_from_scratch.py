@@ -266,7 +266,7 @@ assert (small < limits).sum() >= 6
 # sphinx_gallery_end_ignore
 
 # %%
-# With :math:`\lambda = 10^{-5}`, the circles lie below the crosses. There a
+# With :math:`\lambda = 10^{-5}`, most circles lie below the crosses. There a
 # rounded :math:`U` may have negative eigenvalues, and its inverse points
 # uphill. But with so little damping, this network fails in float32 as well.
 # The next lesson gets rid of the inverse.

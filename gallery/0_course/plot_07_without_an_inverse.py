@@ -37,8 +37,8 @@ appears in the bracket:
    m_K = \tfrac12 \left[ K^\top U K + \lambda K^\top K - I \right] .
 
 So :math:`A_{\text{new}}^{-1} = K (I + 2 \beta_1 m_K)^{-1} K^\top`. Still an
-inverse! But of a matrix near :math:`I`, and two series differ only in their
-third term:
+inverse! But of a matrix near :math:`I`, and two series differ only from their
+third term on:
 
 .. math::
 
@@ -265,7 +265,7 @@ assert 2600 < s < 2800
 #
 # .. admonition:: Lessons learned
 #
-#    - IKFAC is KFAC with the square root of a Taylor series.
+#    - IKFAC replaces KFAC's inverse by a square, equal to first order.
 #    - Per update it is off by :math:`O(\beta_1^2)`, over a run by
 #      :math:`O(\beta_1)`.
 #    - At :math:`\beta_1 = 1` it is the Newton-Schulz iteration.

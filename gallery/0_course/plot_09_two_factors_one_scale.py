@@ -10,7 +10,7 @@ what that is good for, and that KFAC can have half of it.
 
    - **Find** the scale that KFAC's two factors cannot know.
    - **Prove** which methods do not mind it.
-   - **Compare** four methods with the best Kronecker product.
+   - **Compare** four methods with the exact inverse.
 
    You should have read
    :ref:`sphx_glr_auto_gallery_0_course_plot_07_without_an_inverse.py`, and

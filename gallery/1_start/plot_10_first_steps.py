@@ -251,7 +251,7 @@ assert abs(mean("SINGD", 2) - mean("AdamW", 2)) < 0.04
 # ------------------
 #
 # Where the model itself is cheap to compute, as here, AdamW trains as far in
-# the same time. Longer runs have not been compared yet; for five tasks, see
+# the same time. Longer runs, and four more tasks, are in
 # :ref:`sphx_glr_auto_gallery_1_start_plot_13_when_is_singd_right.py`.
 #
 # .. admonition:: Lessons learned

@@ -216,8 +216,8 @@ assert {*inspect.signature(SINGD).parameters} == {*SWITCHES.split(), *changed}
 # structures: which entries there are
 # -----------------------------------
 #
-# The pictures show :math:`K` of the first layer, over its average diagonal.
-# Blue is positive, red negative.
+# The pictures show :math:`K` of the first layer, divided by the mean of its
+# diagonal, minus :math:`I`. Blue is positive, red negative.
 
 SHOWN = {
     "dense": runs["dense,\ndense"],
@@ -238,10 +238,11 @@ assert SHOWN["dense"][1].factors("0").K.dense().diagonal(1).mean() < 0
 # sphinx_gallery_end_ignore
 
 # %%
-# Neighbouring pixels are alike. Their negative entries let :math:`K` amplify
-# differences of pixels. Blocks of 8 hold those within a row of the image, and
-# lose little. Diagonal holds none, and ends where AdamW does. Dense is no
-# better than the default, since one block of 64 holds all pixels here.
+# Neighbouring pixels are alike. The entries between them are negative, so that
+# :math:`K` amplifies differences of pixels. Blocks of 8 hold those within a
+# row of the image, and lose little. Diagonal holds none, and ends where AdamW
+# does. Dense is no better than the default, since one block of 64 holds all
+# pixels here.
 #
 # T: the pace of the factors
 # --------------------------

@@ -19,9 +19,9 @@ Noise and curvature
 -------------------
 
 A batch of :math:`B` images gives a gradient with noise of covariance
-:math:`\Sigma / B`. On a quadratic, steps of size :math:`\eta` leave along an
-eigenvector :math:`v_i` of the curvature, with eigenvalue :math:`h_i`, the mean
-squared error
+:math:`\Sigma / B`. On a quadratic, after :math:`t` steps of size :math:`\eta`,
+the mean squared error along an eigenvector :math:`v_i` of the curvature, with
+eigenvalue :math:`h_i`, is
 
 .. math::
 

@@ -212,7 +212,7 @@ assert good == [False] * 20 + [True]
 # What it weighs
 # --------------
 #
-# All of the file besides the model's weights, in bytes:
+# The tensors of SINGD's state, in bytes:
 
 state = torch.load(path, weights_only=True)["optimizer"]["state"]
 sizes = dict.fromkeys(("K", "C", "momentum_buffer"), 0)

@@ -171,8 +171,8 @@ fig, ax = plt.subplots(figsize=(5.4, 3.4))
 ax.semilogx(frequency, scale, "o", alpha=0.5)
 for c in "eqZ":
     at = (frequency[index[c]], scale[index[c]])
-    where = dict(xytext=(0, 8), textcoords="offset points", ha="center")
-    ax.annotate(c, at, fontsize=14, **where)
+    where = dict(xytext=(-28, -14), textcoords="offset points", fontsize=14)
+    ax.annotate(c, at, arrowprops=dict(arrowstyle="-"), **where)
 ax.set(xlabel="frequency of a character", ylabel="its entry in K")
 _ = ax.set_title("Rare characters take larger steps")
 

@@ -23,7 +23,7 @@ healthy one and three sick ones, and shows the remedies.
 What to look at
 ---------------
 
-The factors start as identities and follow
+With ``PUBLISHED`` options the factors start as identities and follow
 
 .. math::
 
@@ -85,7 +85,7 @@ def fit(**options):
 # sphinx_gallery_nbval = "nbval-ignore-output"
 losses, stats = fit(**FAST)
 for name, value in stats[-1].items():
-    print(f"{name:13}{value:10.1f}")
+    print(f"{name:13}{value:10.2g}")
 
 # %%
 # Four runs

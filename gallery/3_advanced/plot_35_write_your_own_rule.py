@@ -54,7 +54,8 @@ _ = torch.set_num_threads(1)  # the same digits on every machine
 # ``keeps`` names the matrices and the side of the layer that they belong to.
 # They are structured matrices, so that the rule works with blocks as well.
 # ``curvature`` sums over the rows of one backward pass, ``update`` gets the
-# mean. A rule never changes the factors that it is given.
+# mean. ``prepare`` takes from the factors what ``direction`` multiplies each
+# gradient by. A rule never changes the factors that it is given.
 
 
 class InputsOnly(Rule):
@@ -244,7 +245,8 @@ assert fit(None, twin, resumed, steps=5)[0] == going_on
 #
 # .. admonition:: Exercise
 #
-#    Blocks of 16 inputs: does the law still hold? Does it train?
+#    Give :math:`U` and :math:`X` blocks, of 4 in the regression and of 16 in
+#    the network. Does the law still hold? Does it train?
 #
 # .. dropdown:: Solution
 #

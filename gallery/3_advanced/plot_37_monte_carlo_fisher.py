@@ -242,7 +242,8 @@ runs = {name: [fit(name, seed=s) for s in (0, 1)] for name in colors}
 for name, color in colors.items():
     for seed, right in enumerate(runs[name]):
         look = dict(lw=5, alpha=0.4) if name == "sampled" else dict(lw=1)
-        ax.plot(right, color + "-:"[seed], label=f"{name}, {seed}", **look)
+        look["label"] = f"{name}, seed {seed}"
+        ax.plot(right, color + "-:"[seed], **look)
 ax.set(xlabel="step", ylabel="share of true labels met")
 ax.set_title("Two seeds of each")
 _ = ax.legend()

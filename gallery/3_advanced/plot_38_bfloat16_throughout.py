@@ -180,7 +180,7 @@ assert all(c[2].abs() < 0.05 for c in cost.values())
 # At the two smaller dampings KFAC loses more than 5 %, and on average more
 # than twice what SINGD loses. But SINGD misses the band there too: on average
 # it loses more than 2 %. At the largest damping both lose less than 5 %. So
-# products are the safer choice, but none of the two gets eight bits for free.
+# products are the safer choice, but neither gets eight bits for free.
 #
 # When not to use this
 # --------------------

@@ -124,7 +124,8 @@ def tuned(make, rotated):
 # ---------------------
 #
 # First without the rotation, so that each input has its own scale. Rates are
-# tuned on half decades; bands are ranges over three problems of chance.
+# tuned on half decades; bands are ranges over three random problems. SINGD is
+# dashed.
 
 
 def compare(rotated):
@@ -233,8 +234,8 @@ assert 1e4 < condition["blocks"] < condition["AdamW"]
 # sphinx_gallery_end_ignore
 
 # %%
-# Blocks leave a condition number above 10,000 of a million. Only dense factors
-# hold all that makes the problem hard.
+# Of a condition number of a million, blocks leave more than 10,000. Only dense
+# factors hold all that makes the problem hard.
 #
 # When not to use this
 # --------------------

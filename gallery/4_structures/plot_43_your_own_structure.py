@@ -152,7 +152,8 @@ assert broken == ["projection"]
 
 # %%
 # Only the projection is off, by a factor of three: one for each block. The
-# trace counts in single precision, hence its longer bar.
+# trace counts in single precision, hence its longer bar. The identity is
+# exact, and has none.
 #
 # Train with it
 # -------------

@@ -50,8 +50,10 @@ class SINGD(torch.optim.Optimizer):
         &\quad M \leftarrow \alpha_2 M + N, \qquad W \leftarrow W - \beta_2 M
         \end{aligned}
 
-    :math:`P` projects onto the structure, :math:`\operatorname{tr}` is the average trace. Parameters that
-    are in no supported layer (norms, loose parameters, ...) train with AdamW, in a group of their own.
+    :math:`P` projects onto the structure, :math:`\operatorname{tr}` is the average trace. This is the method as
+    published. By default the momentum averages gradients, before the factors, and the step is scaled to a size
+    of its own (``momentum_on``, ``match_rms``). Parameters that are in no supported layer (norms, loose
+    parameters, ...) train with AdamW, in a group of their own.
 
     Args:
         model: The model that is trained; its layers get forward hooks.
@@ -62,7 +64,7 @@ class SINGD(torch.optim.Optimizer):
         alpha1: Riemannian momentum :math:`\alpha_1` on the factors.
         weight_decay: :math:`\gamma`, added to the natural gradient.
         T: The factors are updated at steps 0, T, 2T, ...; or a callable of the step count that says how many
-            steps lie between two updates.
+            steps lie between two updates, such as the default, :class:`~singd.Growing` with 10.
         loss_average: What the loss averages over: None, "batch" or "batch+sequence".
         batch_first: Whether inputs of linear layers and embeddings are [batch, sequence, ...]; False: [sequence,
             batch, ...], as ``nn.Transformer`` and recurrent layers have it unless told otherwise.
@@ -91,8 +93,8 @@ class SINGD(torch.optim.Optimizer):
             carry over: with 1, a step moves weights by ``lr`` on average. (Muon's 0.2 is for long runs of
             large models.)
             None: as it is.
-        fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay); its lr is that of SINGD
-            unless given. None: leave them out.
+        fallback: Options of AdamW for all other parameters (lr, betas, eps, weight_decay). Its lr is that of SINGD
+            unless given; by default none is. None: leave them out.
         grad_scaler: The :class:`torch.amp.GradScaler` that scales the loss, if one does.
         cache_products: Keep :math:`K K^\top` and :math:`C C^\top` between updates of all but diagonal and Toeplitz
             factors: of dense ones, half the cost of a step, for as much memory as K and C take. None: where

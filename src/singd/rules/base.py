@@ -59,7 +59,7 @@ class Rule(ABC):
     """The names of what is kept of each layer, each with the side that it belongs to."""
 
     gathers_with: tuple[str, ...] = ()
-    """Those that ``curvature`` reads: all processes need them, also where one of them keeps the layer."""
+    """The kept ones that ``curvature`` reads. All processes need them, also where one of them keeps the layer."""
 
     needs_rows: ClassVar[bool] = True
     """Whether it looks at inputs and output gradients; else at the gradient alone, and no layer is hooked."""
