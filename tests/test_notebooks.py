@@ -14,7 +14,8 @@ A claim
 
 .. note::
 
-   In :math:`K` with :term:`damping`, see :ref:`sphx_glr_auto_gallery_1_start_plot_10_first_steps.py`.
+   In :math:`K` with :term:`damping`, see :ref:`sphx_glr_auto_gallery_1_start_plot_1_claim.py`, :doc:`/concepts`
+   and :ref:`here <sphx_glr_auto_gallery_1_start_plot_1_claim.py>`.
 
 .. math::
    :label: one
@@ -90,7 +91,8 @@ def test_text_becomes_markdown(notebook):
 
 > **Note**
 >
-> In $K$ with *damping*, see [plot_10_first_steps](plot_10_first_steps.ipynb).
+> In $K$ with *damping*, see [A claim](plot_1_claim.ipynb), *From gradient descent to SINGD*
+> and [here](plot_1_claim.ipynb).
 
 $$
 a > b
@@ -211,6 +213,22 @@ def check(tool):
 def test_a_notebook_in_step_passes(tool, notebook):
     tool.write(notebook, tool.NOTEBOOKS / "plot_1_claim.ipynb")
     assert check(tool) == 0
+
+
+def test_outputs_are_kept_where_the_text_alone_changed(tool, notebook, monkeypatch):
+    path, page = tool.NOTEBOOKS / "plot_1_claim.ipynb", tool.scripts()[0]
+    notebook.cells[5].outputs.append(stream("stdout"))
+    tool.write(notebook, path)
+    executed = []
+    monkeypatch.setattr(tool, "execute", executed.append)
+    page.write_text(PAGE.replace("After.", "Afterwards."))
+    assert tool.main(["build"]) == 0 and not executed
+    kept = sys.modules["nbformat"].read(path, 4)
+    assert (
+        "Afterwards." in kept.cells[2].source and kept.cells[5].outputs == notebook.cells[5].outputs
+    )
+    page.write_text(PAGE.replace("print(one)", "print(one, one)"))
+    assert tool.main(["build"]) == 0 and len(executed) == 1
 
 
 @pytest.mark.parametrize(

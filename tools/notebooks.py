@@ -1,6 +1,7 @@
 """Make notebooks/*.ipynb from gallery/*.py, and check that they are in step.
 
-python tools/notebooks.py build [NAME ...]   convert and execute (only what changed, unless --force)
+python tools/notebooks.py build [NAME ...]   convert and execute (only what changed, unless --force; where
+                                             the text alone changed, outputs are kept)
 python tools/notebooks.py check              exit 1 if a notebook differs from its script, was not
                                              executed, or holds an error or a warning
 
@@ -31,8 +32,8 @@ from sphinx_gallery.notebook import jupyter_notebook
 from sphinx_gallery.py_source_parser import remove_config_comments, split_code_and_text_blocks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-GALLERY, NOTEBOOKS = ROOT / "gallery", ROOT / "notebooks"
-STATIC = ROOT / "docs" / "_static"  # with the still pictures, which tools/stills.py draws
+GALLERY, NOTEBOOKS, DOCS = ROOT / "gallery", ROOT / "notebooks", ROOT / "docs"
+STATIC = DOCS / "_static"  # with the still pictures, which tools/stills.py draws
 CHECKER = NOTEBOOKS / "course_check.py"
 QUOTE = "\x01"  # stands for ">", which sphinx-gallery would take for a heading's underline
 # `# sphinx_gallery_nbval = "nbval-ignore-output"` in a code block: a tag of its cell (and nothing on the page)
@@ -40,6 +41,9 @@ TAG = re.compile(r'^# sphinx_gallery_nbval = "([a-z-]+)"$', re.M)
 # An indented block below a directive.
 BLOCK = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
 DROPDOWN = re.compile(r"^\.\. dropdown::[^\n]*" + BLOCK, re.M)
+HEADING = re.compile(
+    r"^# (.+)$|^(.+)\n={3,}$", re.M
+)  # of a page in Markdown, or in reStructuredText
 # A part of a code block that guards the text: not on the page, folded in the notebook, and run in both.
 GUARD = re.compile(
     r"^[ \t]*# ?sphinx_gallery_start_ignore\n(.*?)^[ \t]*# ?sphinx_gallery_end_ignore[ \t]*\n?",
@@ -63,13 +67,22 @@ def _role(m: re.Match) -> str:
         target = title.group(2) if title else text
         ex = re.match(r"sphx_glr_auto_gallery_\w*?(plot_\w+)\.py$", target)
         if ex:
-            return f"[{label if title else ex.group(1)}]({ex.group(1)}.ipynb)"
+            (page,) = GALLERY.glob(f"*/{ex.group(1)}.py")
+            return f"[{label if title else _heading(page)}]({ex.group(1)}.ipynb)"
+        if role == "doc" and not title:
+            (page,) = DOCS.glob(f"{target.removeprefix('/')}.*")
+            return f"*{_heading(page)}*"
         return f"*{label}*"
     if role.startswith("cite"):
         return f"[{label}]"
     if role == "eq":
         return f"({label})"
     raise SystemExit(f"no Markdown known for the role :{role}:`{text}`")
+
+
+def _heading(page: pathlib.Path) -> str:
+    """The title of a page of the gallery, or of one of the site."""
+    return next(filter(None, HEADING.search(page.read_text(encoding="utf-8")).groups()))
 
 
 def _still(m: re.Match) -> str:
@@ -286,6 +299,19 @@ def execute(nb: nbformat.NotebookNode) -> None:
     nb.metadata["language_info"] = {"name": "python"}  # no versions, no churn
 
 
+def taken_over(nb: nbformat.NotebookNode, old: nbformat.NotebookNode | None) -> bool:
+    """Take over the outputs of a notebook with the same code, if it is so; the text does not change them."""
+    new, before = (
+        [c for c in cells if c.cell_type == "code"]
+        for cells in (nb.cells, old.cells if old else [])
+    )
+    if [c.source for c in new] != [c.source for c in before]:
+        return False
+    for cell, known in zip(new, before, strict=True):
+        cell.outputs, cell.execution_count = known.outputs, known.execution_count
+    return True
+
+
 def write(nb: nbformat.NotebookNode, path: pathlib.Path) -> None:
     path.write_text(nbformat.writes(nb, version=4) + "\n", encoding="utf-8")
 
@@ -329,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
             if a.command == "check":
                 bad += [f"{path.relative_to(ROOT)}: {what}" for what in wrong]
             elif wrong or a.force:
-                if not a.no_execute:
+                if not a.no_execute and (a.force or not taken_over(nb, old)):
                     execute(nb)
                 write(nb, path)
                 print("wrote", path.relative_to(ROOT))
