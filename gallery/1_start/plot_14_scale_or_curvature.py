@@ -134,7 +134,8 @@ def compare(*tasks):
             ax.plot(test, i, "o", color=colour(part), mfc="w")
         ax.set_yticks(range(len(parts)), [PARTS[p] for p in parts])
         ax.axvline(1, color="C1", linestyle=":")
-        ax.set(xscale="log", title=task, xlabel="where it ends, AdamW = 1")
+        title = task.replace(TASK, "small autoencoder")
+        ax.set(xscale="log", title=title, xlabel="where it ends, AdamW = 1")
         ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
@@ -166,10 +167,10 @@ assert max(held[p] for p in ("SINGD", "inputs only")) < held["AdamW"] / 4
 # a diagonal for the inputs the error is more than four times as large:
 # correlations count.
 #
-# **It is momentum and time.** Momentum after the preconditioner, as published,
-# more than doubles the error, and so does ``T=10`` from the start. Absolute
-# damping costs a third or more. Matched sizes bring nothing here: they make
-# AdamW's rates fit.
+# **It is where momentum stands, and early updates.** Momentum after the
+# preconditioner, as published, more than doubles the error, and so does
+# ``T=10`` from the start. Absolute damping costs a third or more. Matched
+# sizes bring nothing here: they make AdamW's rates fit.
 #
 # Two larger tasks
 # ----------------

@@ -129,9 +129,12 @@ for network, marker in zip(NETWORKS, "osD"):
     cost["the defaults"] = cost.pop("as they are")
     shares = {n: ms / cost["AdamW"] for n, ms in cost.items() if n != "AdamW"}
     ax.plot(shares.values(), shares.keys(), marker, label=network)
-    print(network, *(f"{n} {share:.2f}" for n, share in shares.items()))
+    row = (f"{name} {share:.2f}" for name, share in shares.items())
+    print(f"{network}:", ", ".join(row))
 ax.axvline(1, color="C7", ls=":")
 ax.set(xscale="log", xlabel="time of an iteration, AdamW = 1")
+ax.set_xticks(ticks := (1, 1.5, 2, 5, 10), ticks)
+ax.minorticks_off()
 ax.set_title("Defaults over 1,000 steps")
 _ = ax.legend()
 tiny = defaults["tiny"]
@@ -207,9 +210,9 @@ for cost, p in ((costs[name], p) for name in SHOWN for p in parts):
 # sphinx_gallery_end_ignore
 
 # %%
-# No exponent is more than 0.5 above the theory's. Below it, calls cost more
-# than numbers. So a structure pays from some width on only, once for updates
-# and once for :math:`K K^\top` (64 is the smallest measured):
+# No exponent is more than 0.5 above the theory's. Below it, starting operators
+# costs more than their work. So a structure pays from some width on only, once
+# for updates and once for :math:`K K^\top` (64 is the smallest measured):
 
 for name in SHOWN[1:]:
     starts = [costs[name][f"{p}_below_dense_from"] for p in parts]
@@ -268,7 +271,8 @@ assert all(peak[n] < peak[f"published {n}"] / 3 for n in ours)
 # Another optimizer is the better buy where
 #
 # - your loss falls as fast with AdamW, which is simpler;
-# - your layers are tiny: calls are all that costs, and updates make many;
+# - your layers are tiny: starting operators is all that costs, and updates
+#   start many;
 # - only dense factors help, and your layers are wide.
 #
 # A cost says nothing about what a step is worth.

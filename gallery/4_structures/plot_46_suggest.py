@@ -197,7 +197,8 @@ assert measured[0] > estimated[0]
 # When not to use this
 # --------------------
 #
-# - Your network is tiny or has very many small layers: calls are what costs.
+# - Your network is tiny or has very many small layers: most of the time goes
+#   to starting operators, not to their work.
 # - You want to know what a step is worth. ``suggest`` counts costs only.
 # - Your budget is the peak of memory in backward: activations are not counted.
 #
