@@ -216,7 +216,7 @@ assert [better(t, "SINGD") for t in TASKS] == [True, True] + [False] * 3
 # Longer runs
 # -----------
 #
-# Seeds, training, and the least, median and largest test measure.
+# Half decades only: seeds, training; least, median, largest test measure.
 
 
 for steps, task, name in sorted((s, t, n) for t, n, s in rows if s > STEPS):
