@@ -5,6 +5,7 @@ python tests/evidence/evidence.py --quick            (tiny networks, under two m
 python tests/evidence/evidence.py --tasks CNN --methods AdamW,SGD --steps 2000
 python tests/evidence/evidence.py --ablations --tasks CNN,autoencoder      (what of it pays?)
 python tests/evidence/evidence.py --batch-sizes --methods AdamW,SINGD,Muon (one task, several batch sizes)
+python tests/evidence/evidence.py --steps 5000 --lrs 1e-4,3e-4 --seeds 3   (long runs: no search, these rates)
 
 Per task and method the learning rate is searched on half decades, from one that is known to be good, until the
 best has worse neighbours on both sides, and then a quarter of a decade to both sides of it, because an optimum
@@ -74,15 +75,18 @@ class Runs:
 
         Of several lengths that is the one with the nearest ratio, because optima move with the length.
         """
-        mine = [
-            run
-            for run in self.known.values()
-            if (run.task, run.method) == (task, method) and run.steps != steps
-        ]
-        if not mine:
+        lengths = {
+            run.steps for run in self.known.values() if (run.task, run.method) == (task, method)
+        }
+        others = lengths - {steps}
+        if not others:
             return None
-        near = min({run.steps for run in mine}, key=lambda n: abs(math.log(n / steps)))
-        return min((run for run in mine if run.steps == near), key=compared).lr
+        return self.best(task, method, min(others, key=lambda n: abs(math.log(n / steps)))).lr
+
+    def best(self, task: str, method: str, steps: int) -> Run:
+        """Of all runs of this length with the first seed, that with the best rate."""
+        mine = [run for run in self.known.values() if run.key[:3] == (task, method, steps)]
+        return min((run for run in mine if run.seed == 0), key=lambda run: (compared(run), run.lr))
 
 
 def compared(run: Run) -> float:
@@ -128,8 +132,9 @@ def compare(
     rates: int,
     default: bool,
     fine: bool,
+    lrs: list[float] | None = None,
 ) -> None:
-    """All runs of one method on one task."""
+    """All runs of one method on one task: rates are searched, or are ``lrs`` and what was tried before."""
 
     def work(lr: float, seed: int = 0) -> Run:
         title = f"{task.name}, {name}, lr {lr:g}, seed {seed}"
@@ -144,10 +149,15 @@ def compare(
 
         return runs.made(Run(task.name, name, steps, lr, seed), made)
 
-    near = method.at.get(task.name, method.near)
-    if steps != STEPS:
-        near = runs.best_rate(task.name, name, steps) or near
-    best = tune(near, work, rates, fine)
+    if lrs is None:
+        near = method.at.get(task.name, method.near)
+        if steps != STEPS:
+            near = runs.best_rate(task.name, name, steps) or near
+        best = tune(near, work, rates, fine)
+    else:
+        for lr in lrs:
+            work(lr)
+        best = runs.best(task.name, name, steps)
     for seed in range(1, seeds):
         work(best.lr, seed)
     if default and method.default is not None:
@@ -310,6 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--rates", type=int, default=MOST_RATES, help="at most so many (default: 7)"
     )
+    parser.add_argument(
+        "--lrs", help="no search: these rates, with commas between, and those that were tried"
+    )
     parser.add_argument("--coarse", action="store_true", help="half decades only")
     parser.add_argument("--no-default", action="store_true", help="no run at the default rate")
     parser.add_argument("--also", type=pathlib.Path, help="a Python file with more METHODS")
@@ -334,6 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = json.loads(args.results.read_text())["runs"] if args.results.exists() else []
     runs = Runs(folder, before)
     names = chosen(args.methods, methods, "method")
+    lrs = None if args.lrs is None else [float(lr) for lr in args.lrs.split(",") if lr]
     for title in chosen(args.tasks, tasks, "task"):
         task = tasks[title](args.quick)
         for name in names:
@@ -344,6 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
                 rates=args.rates,
                 default=not args.no_default,
                 fine=not args.coarse,
+                lrs=lrs,
             )
             write(runs, args.results)
     print(table(write(runs, args.results)))

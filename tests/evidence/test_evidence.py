@@ -1,5 +1,6 @@
 """The harness of `make evidence` runs, searches rates as it says, and counts steps to a target rightly."""
 
+import gc
 import json
 import math
 import pathlib
@@ -11,7 +12,8 @@ from methods import ABLATIONS, METHODS, PEERS, ScaledIdentity, half_decade
 from tasks import BATCH_TASKS, SPLITS, TASKS, curves
 from trial import Run, share, train
 
-RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "_data" / "evidence.json"
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "_data" / "evidence.json"
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +130,23 @@ def test_a_search_begins_where_one_of_the_nearest_length_ended(tmp_path):
     assert runs.best_rate("t", "m", 5000) == 0.1 and runs.best_rate("t", "other", 200) is None
 
 
+def test_rates_that_are_given_are_compared_with_those_that_were_tried(tmp_path):
+    """The best of all gets the seeds; with no rate given, the best of those that were tried."""
+    runs = evidence.Runs(tmp_path)
+
+    def tried(lrs, seeds):
+        evidence.compare(
+            *(TASKS["CNN"](True), "AdamW", METHODS["AdamW"], runs),
+            **{"steps": 10, "seeds": seeds, "rates": 1, "default": False, "fine": False},
+            lrs=lrs,
+        )
+        return {(lr, seed) for *_, lr, seed in runs.known}
+
+    first = {(1e-2, 0), (1e-5, 0)}
+    assert tried([1e-2, 1e-5], 1) == first
+    assert tried([], 2) == first | {(1e-2, 1)}
+
+
 def test_the_search_stops_after_the_most_rates():
     tried = []
     evidence.tune(
@@ -211,3 +230,40 @@ def test_the_committed_results_are_those_of_these_tasks(kind):
         assert told == {"says": task.says, "unit": task.unit}
     for row in found["summary"]:
         assert row["method"] != "AdamW" or row["diverged"] == 0
+
+
+def bytes_alive():
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.numel() > 1]
+    storages = [t.untyped_storage() for t in tensors if not t.is_meta]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def test_the_whole_state_on_each_task_is_what_the_comparison_page_says():
+    """All that is kept between steps, wherever: factors, products, momenta, and the state of the fallback."""
+
+    def kept(task, method):
+        model, batch = task.model(), next(task.batches(0))
+        few = tuple(t[:20] for t in batch)
+        before = bytes_alive()
+        optimizer = METHODS[method].make(model, 1e-3, task.options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            task.loss(model, few).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        return bytes_alive() - before
+
+    pages = ("docs/comparison.md", "README.md")
+    text, readme = (" ".join((ROOT / page).read_text().split()) for page in pages)
+    more = []
+    for name in ("autoencoder", "CNN", "ViT", "transformer", "regression"):
+        task = TASKS[name](False)
+        adamw = kept(task, "AdamW")
+        share = kept(task, "SINGD") / adamw
+        assert f"{share:.2f} on the {name}" in text
+        assert 0.5 < kept(task, "SINGD, diagonal") / adamw < 0.535
+        if share > 1:
+            more.append(name)
+            assert f"{share:.2f} on the {name}" in readme
+    assert more == ["CNN", "regression"]
