@@ -167,7 +167,7 @@ assert max(held[p] for p in ("SINGD", "inputs only")) < held["AdamW"] / 4
 # a diagonal for the inputs the error is more than four times as large:
 # correlations count.
 #
-# **It is where momentum stands, and early updates.** Momentum after the
+# **Where momentum stands, and early updates.** Momentum after the
 # preconditioner, as published, more than doubles the error, and so does
 # ``T=10`` from the start. Absolute damping costs a third or more. Matched
 # sizes bring nothing here: they make AdamW's rates fit.

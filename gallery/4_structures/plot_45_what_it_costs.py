@@ -150,9 +150,8 @@ for network in NETWORKS:
 # sphinx_gallery_end_ignore
 # %%
 # An iteration takes less than 1.1 of AdamW's with diagonal factors, and with
-# the default ones less than 1.5; on the larger networks less than 1.2. Tiny
-# layers of equal shape share calls, so that a thousand of them take less than
-# twice AdamW's step.
+# the default ones less than 1.5; on the larger networks less than 1.2. A
+# thousand tiny layers share calls, and take less than twice AdamW's step.
 #
 # Next to the published package
 # -----------------------------
@@ -271,8 +270,7 @@ assert all(peak[n] < peak[f"published {n}"] / 3 for n in ours)
 # Another optimizer is the better buy where
 #
 # - your loss falls as fast with AdamW, which is simpler;
-# - your layers are tiny: starting operators is all that costs, and updates
-#   start many;
+# - your layers are tiny: starting operators is all that costs;
 # - only dense factors help, and your layers are wide.
 #
 # A cost says nothing about what a step is worth.
