@@ -66,7 +66,7 @@ _ = torch.set_num_threads(1)
 # %%
 # First an autoencoder of small MNIST images. Each part has two or three seeds,
 # and the best of three to five rates on half decades (times 0.7 there, where
-# sizes are matched). Seeds differ by up to a fifth, so less means nothing.
+# sizes are matched). Seeds differ by up to a fifth: less means nothing.
 
 here = pathlib.Path.cwd()
 root = next(p for p in (here, *here.parents) if (p / FILE).exists())
@@ -134,8 +134,7 @@ def compare(*tasks):
             ax.plot(test, i, "o", color=colour(part), mfc="w")
         ax.set_yticks(range(len(parts)), [PARTS[p] for p in parts])
         ax.axvline(1, color="C1", linestyle=":")
-        title = task.replace(TASK, "small autoencoder")
-        ax.set(xscale="log", title=title, xlabel="where it ends, AdamW = 1")
+        ax.set(xscale="log", title=task, xlabel="where it ends, AdamW = 1")
         ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
