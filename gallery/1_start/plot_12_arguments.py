@@ -277,41 +277,52 @@ _ = ax.legend()
 #      - page
 #    * - ``structures``
 #      - which entries :math:`K` and :math:`C` have
-#      - :ref:`sphx_glr_auto_gallery_4_structures_plot_44_choosing.py`
+#      - :ref:`Structures
+#        <sphx_glr_auto_gallery_4_structures_plot_44_choosing.py>`
 #    * - ``loss_average``
 #      - what your loss is divided by
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py`
+#      - :ref:`Micro-batches
+#        <sphx_glr_auto_gallery_2_features_plot_26_micro_batches.py>`
 #    * - ``kfac_approx``, ``batch_first``, ``repeated_calls``
 #      - how to count positions that share a weight
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_27_weight_sharing.py`
+#      - :ref:`Weight sharing
+#        <sphx_glr_auto_gallery_2_features_plot_27_weight_sharing.py>`
 #    * - ``preconditioner_dtype``
 #      - the precision of the factors
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_24_mixed_precision.py`
+#      - :ref:`Mixed precision
+#        <sphx_glr_auto_gallery_2_features_plot_24_mixed_precision.py>`
 #    * - ``grad_scaler``
 #      - the scaler of your loss
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_25_scaler_and_clipping.py`
+#      - :ref:`Scaling, clipping
+#        <sphx_glr_auto_gallery_2_features_plot_25_scaler_and_clipping.py>`
 #    * - ``average_gradients``
 #      - whether ``step`` averages over processes
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_28_several_processes.py`
+#      - :ref:`Processes
+#        <sphx_glr_auto_gallery_2_features_plot_28_several_processes.py>`
 #    * - ``shard_factors``
-#      - each process keeps the factors of its share of the layers
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_29_fully_sharded.py`
+#      - each process keeps a share of the factors
+#      - :ref:`Sharding
+#        <sphx_glr_auto_gallery_2_features_plot_29_fully_sharded.py>`
 #    * - ``params``
 #      - groups with options of their own
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_21_parameter_options.py`
+#      - :ref:`Groups
+#        <sphx_glr_auto_gallery_2_features_plot_21_parameter_options.py>`
 #    * - ``fallback``, ``warn_unsupported``
-#      - AdamW's options for all other parameters, or leave them out
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_20_outside_layers.py`
+#      - AdamW's options for other parameters, or none
+#      - :ref:`Other parameters
+#        <sphx_glr_auto_gallery_2_features_plot_20_outside_layers.py>`
 #    * - ``lr``, ``lr_cov``, ``T``
 #      - may change over the steps
-#      - :ref:`sphx_glr_auto_gallery_2_features_plot_22_schedulers.py`
+#      - :ref:`Schedulers
+#        <sphx_glr_auto_gallery_2_features_plot_22_schedulers.py>`
 #    * - ``rule``, ``kfac_like``
 #      - another method on the same layers
-#      - :ref:`sphx_glr_auto_gallery_3_advanced_plot_36_four_rules_one_task.py`
+#      - :ref:`Four rules
+#        <sphx_glr_auto_gallery_3_advanced_plot_36_four_rules_one_task.py>`
 #    * - ``relative_damping``, ``scaled_start``, ``fast_start``,
 #        ``normalize_lr_cov``, ``alpha1``, ``nesterov``, ``weight_decay``
 #      - how the defaults differ from the published method
-#      - :doc:`/choosing`
+#      - :doc:`Hyper-parameters </choosing>`
 #    * - ``cache_products``
 #      - keep :math:`K K^\top` between updates
 #      - :doc:`/api`
