@@ -1,6 +1,7 @@
 """Training takes no more memory after 2,000 steps than after 200."""
 
 import gc
+import sys
 import tracemalloc
 import warnings
 
@@ -46,15 +47,13 @@ def test_memory_is_flat_over_2000_steps():
     try:
         run(300)
         gc.collect()
-        python = tracemalloc.get_traced_memory()[0]
-        tracemalloc.stop()
-        run(1200)
-        tracemalloc.start()
-        run(300)
+        before = tracemalloc.get_traced_memory()[0]
+        run(1500)
         gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - python
+        grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
     assert tensor_bytes() == tensors
-    assert abs(grown) < 20_000  # what 300 steps leave behind does not grow with their number
+    # less than a tuple for each step; some 20 kB come and go, whatever the number of steps
+    assert grown < 1500 * sys.getsizeof((1,))
     tried("steps with flat memory", 2000)
