@@ -249,6 +249,19 @@ def test_a_spoilt_notebook_fails(tool, notebook, spoil, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fault", ["not executed", "an error", "a warning"])
+def test_outputs_at_fault_are_not_kept(tool, notebook, monkeypatch, fault):
+    cell = notebook.cells[5]
+    if fault == "not executed":
+        cell.execution_count = None
+    else:
+        cell.outputs.append(error() if fault == "an error" else stream("stderr"))
+    tool.write(notebook, tool.NOTEBOOKS / "plot_1_claim.ipynb")
+    executed = []
+    monkeypatch.setattr(tool, "execute", executed.append)
+    assert tool.main(["build"]) == 0 and len(executed) == 1
+
+
 def test_a_missing_and_an_orphaned_notebook_fail(tool, notebook, capsys):
     assert check(tool) == 1
     assert "plot_1_claim.ipynb: is missing" in capsys.readouterr().err

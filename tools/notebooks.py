@@ -41,9 +41,8 @@ TAG = re.compile(r'^# sphinx_gallery_nbval = "([a-z-]+)"$', re.M)
 # An indented block below a directive.
 BLOCK = r"((?:\n(?:[ \t]*\n)*[ \t]+[^\n]*)*)"
 DROPDOWN = re.compile(r"^\.\. dropdown::[^\n]*" + BLOCK, re.M)
-HEADING = re.compile(
-    r"^# (.+)$|^(.+)\n={3,}$", re.M
-)  # of a page in Markdown, or in reStructuredText
+# The title of a page, in Markdown or in reStructuredText.
+HEADING = re.compile(r"^# (.+)$|^(.+)\n={3,}$", re.M)
 # A part of a code block that guards the text: not on the page, folded in the notebook, and run in both.
 GUARD = re.compile(
     r"^[ \t]*# ?sphinx_gallery_start_ignore\n(.*?)^[ \t]*# ?sphinx_gallery_end_ignore[ \t]*\n?",
@@ -300,7 +299,7 @@ def execute(nb: nbformat.NotebookNode) -> None:
 
 
 def taken_over(nb: nbformat.NotebookNode, old: nbformat.NotebookNode | None) -> bool:
-    """Take over the outputs of a notebook with the same code, if it is so; the text does not change them."""
+    """Take over the outputs of a notebook with the same code, if they are sound; the text does not change them."""
     new, before = (
         [c for c in cells if c.cell_type == "code"]
         for cells in (nb.cells, old.cells if old else [])
@@ -309,7 +308,7 @@ def taken_over(nb: nbformat.NotebookNode, old: nbformat.NotebookNode | None) -> 
         return False
     for cell, known in zip(new, before, strict=True):
         cell.outputs, cell.execution_count = known.outputs, known.execution_count
-    return True
+    return not faults(nb, nb)
 
 
 def write(nb: nbformat.NotebookNode, path: pathlib.Path) -> None:
