@@ -2,9 +2,9 @@
 
 import copy
 import io
-import sys
 from pathlib import Path
 
+import make_checkpoint as made
 import pytest
 import torch
 from published import SINGD
@@ -16,9 +16,6 @@ from singd.groups import FORMAT
 
 STORED = Path(__file__).parent.parent / "data" / "checkpoint_format_1.pt"
 FILES = sorted(STORED.parent.glob("checkpoints_of_format_*.pt"))
-
-sys.path.append(str(STORED.parent))
-import make_checkpoint as made  # noqa: E402
 
 
 def through_a_file(value):
@@ -314,10 +311,9 @@ def test_a_checkpoint_of_a_later_format_is_refused():
 # -- a stored one --------------------------------------------------------------
 
 
-def test_a_stored_checkpoint_of_format_1_stays_readable():
-    """Made by tests/data/make_checkpoint.py; never remade for this format."""
-    saved = torch.load(STORED, weights_only=True)
-    model, optimizer = build(seed=5)
+def assert_goes_on(pair, saved, later, steps, atol=1e-5):
+    """What was saved is loaded to the bit, and training goes on as it did then."""
+    model, optimizer = pair
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     for index, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
@@ -325,9 +321,16 @@ def test_a_stored_checkpoint_of_format_1_stays_readable():
             assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), (
                 key
             )
-    train(model, optimizer, range(saved["step"], saved["step"] + 4))
+    train(model, optimizer, steps)
     for key, value in model.state_dict().items():  # of another machine's arithmetic
-        torch.testing.assert_close(value, saved["model 4 steps later"][key], rtol=0, atol=1e-5)
+        torch.testing.assert_close(value, saved[later][key], rtol=0, atol=atol)
+
+
+def test_a_stored_checkpoint_of_format_1_stays_readable():
+    """Made by tests/data/make_checkpoint.py; never remade for this format."""
+    saved = torch.load(STORED, weights_only=True)
+    steps = range(saved["step"], saved["step"] + 4)
+    assert_goes_on(build(seed=5), saved, "model 4 steps later", steps)
 
 
 def stored(path, case):
@@ -337,18 +340,10 @@ def stored(path, case):
 @pytest.mark.parametrize("case", made.CASES)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_what_past_versions_wrote_stays_readable(path, case):
-    """Of each rule, and of several structures and dtypes; training goes on as it did then."""
-    saved = stored(path, case)
-    model, optimizer = made.build(case, seed=5)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    for index, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        for key, value in saved["optimizer"]["state"][index].items():
-            assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value))
-    train(model, optimizer, range(made.STEPS, made.STEPS + made.LATER))
-    atol = 1e-4 if case == "half" else 1e-5  # of another machine's arithmetic
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, saved["later"][key], rtol=0, atol=atol)
+    """Of each rule, and of several structures and dtypes."""
+    steps = range(made.STEPS, made.STEPS + made.LATER)
+    atol = 1e-4 if case == "half" else 1e-5
+    assert_goes_on(made.build(case, seed=5), stored(path, case), "later", steps, atol)
 
 
 @pytest.mark.parametrize("case", made.CASES)

@@ -1,10 +1,10 @@
 """Diagonal matrices with dense rows, by every route, and their numbers as checkpoints of format 1 stored them."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from make_old_layouts import KEYS, LATER, LAYERS, STEPS, build, train, weights
 from structure_cases import STRUCTURES, member
 
 from singd import kernels, structure
@@ -20,9 +20,6 @@ F64 = torch.float64
 DATA = Path(__file__).parent.parent / "data"
 BORDERED = [n for n in STRUCTURES if n.startswith(("trilrank", "triurank", "hierarchical"))]
 SAVED = torch.load(DATA / "factors_of_format_1.pt", weights_only=True)
-
-sys.path.append(str(DATA))
-from make_old_layouts import KEYS, LATER, LAYERS, STEPS, build, train, weights  # noqa: E402
 
 
 def results(A, B, X, rows):
