@@ -19,8 +19,8 @@ from singd.weight_steps import MOMENTS
 
 Blocks: TypeAlias = Mapping[nn.Parameter, Block]
 StateDict: TypeAlias = Mapping[str, Any]
-ADAMW = ("step", *MOMENTS)
-"""What it keeps of a parameter."""
+OF_ADAMW = ("step", *MOMENTS)
+"""What AdamW keeps of a parameter."""
 
 
 def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def check(
                 _check_tensor(what, state[key], tuple(p.shape), p.is_complex())
         if p in blocks:
             _check_block(blocks[p], state, saved)
-        elif not state.keys().isdisjoint(ADAMW):
+        elif not state.keys().isdisjoint(OF_ADAMW):
             _check_adamw(names[p], state)
     for saved, group in zip(saved_groups, param_groups, strict=True):
         groups.check_names(saved, group)
@@ -153,7 +153,7 @@ def _check_adamw(name: str, state: Mapping[str, Any]) -> None:
         step = step.item()
     if not whole or not isinstance(step, int | float) or not 0 <= step < math.inf or step is True:
         raise ValueError(
-            f"The checkpoint must have {', '.join(ADAMW)} of {name!r}, step a count, got step {step!r} and "
+            f"The checkpoint must have {', '.join(OF_ADAMW)} of {name!r}, step a count, got step {step!r} and "
             f"{', '.join(key for key in state if key != 'step') or 'nothing else'}."
         )
 

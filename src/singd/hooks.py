@@ -143,7 +143,7 @@ class Collector:
         """Forget the statistics with the gradients (but `collect(False)` brings them back)."""
         self._cleared = self.statistics or self._cleared
         self.statistics = {}
-        self.ddp.inside = self.ddp.outside = False
+        self.ddp.seen.clear()
         self.attempt = Attempt()
 
     def collect(self, enabled: bool) -> None:
@@ -165,7 +165,7 @@ class Collector:
         of which nothing is left to do.
         """
         self.statistics, self._cleared = {}, {}
-        self.ddp.inside = self.ddp.outside = False
+        self.ddp.seen.clear()
         return (vars(self).update(attempt=Attempt()), loss)[1]
 
     def miss(self, block: Block) -> None:

@@ -129,9 +129,8 @@ class FactorState:
     def grew(self, state: State, new: Mapping[str, Tensor], names: Iterable[str]) -> bool:
         """Whether one of the new factors is more than ten times as large as it was; only a CPU is asked."""
         return any(
-            bool(_norm(new[name]) > 10 * _norm(state[name]))
-            for name in names
-            if new[name].device.type == "cpu"
+            new[n].device.type == "cpu" and bool(_norm(new[n]) > 10 * _norm(state[n]))
+            for n in names
         )
 
     def prepared(self, rule: Rule, state: State, keep: bool, device: torch.device) -> Any:
@@ -152,4 +151,5 @@ class FactorState:
 
 
 def _norm(v: Tensor) -> Tensor:
+    """The Euclidean norm, 0-d, in float32 at least."""
     return torch.linalg.vector_norm(v, dtype=wide_dtype(v.dtype))

@@ -55,8 +55,9 @@ class Witness:
             if block in self._seen and block in self.waits:
                 self._compare(block, layer, gradient)
 
-        self.waits[block] = u, weight.register_hook(compare)
-        return [self.waits[block][1]]
+        handle = weight.register_hook(compare)
+        self.waits[block] = u, handle
+        return [handle]
 
     def gathers(self, block: Block, layer: Any, x: Tensor, g: Tensor) -> None:
         """Add the rows of one call in a backward pass."""

@@ -19,23 +19,24 @@ class DDPDetector:
 
     Attributes:
         params: The parameters that the optimizer trains.
-        inside: A forward ran in a wrapper that has all the parameters and averages their gradients.
-        outside: A forward ran without such a wrapper, so that not all gradients are averaged.
+        seen: "inside", if a forward ran in a wrapper that has all the parameters and averages their gradients;
+            "outside", if one ran without such a wrapper, so that not all gradients are averaged. It is emptied
+            once the gradients are used up or cleared.
     """
 
     def __init__(self) -> None:
         self.params: set[Tensor] = set()
         self._last: Any = lambda: None
         self._has_all = False
-        self.inside = self.outside = False  # as again once the gradients are used up or cleared
+        self.seen: set[str] = set()
 
     def saw_forward(self) -> None:
         """Note what runs this forward of one of the optimizer's layers."""
         ddp = running_ddp()
         if ddp is None or not self._averages_all(ddp):
-            self.outside = True
+            self.seen.add("outside")
         elif ddp.require_backward_grad_sync:  # not so in its no_sync()
-            self.inside = True
+            self.seen.add("inside")
 
     def _averages_all(self, ddp: Any) -> bool:
         if ddp is not self._last():

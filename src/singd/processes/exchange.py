@@ -75,7 +75,7 @@ def to_average(
     """
     if not params:
         return []
-    mine = [p.grad is not None for p in params] + [ddp.inside, ddp.outside]
+    mine = [p.grad is not None for p in params] + [n in ddp.seen for n in ("inside", "outside")]
     flags = torch.tensor(mine, dtype=torch.float32, device=params[0].device)
     with telling_of_lost_ranks():
         dist.all_reduce(flags)

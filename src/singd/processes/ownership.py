@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -148,9 +149,8 @@ class Ownership:
         pairs = list(found)
         pieces = []
         for block, N in pairs:
-            weight, bias = block.params[0], block.params[-1]
-            # that of the weights will do, however wide the factors are
-            dtype = torch.promote_types(weight.dtype, bias.dtype)
+            # that of the parameters will do, however wide the factors are
+            dtype = reduce(torch.promote_types, (p.dtype for p in block.params))
             numel, device = math.prod(block.size), block.weight.device
             pieces.append(Piece(self.owner[block], numel, dtype, device, N))
         for (block, _), flat in zip(pairs, all_gather_flat(pieces), strict=True):

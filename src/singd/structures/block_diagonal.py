@@ -15,6 +15,9 @@ from singd.structures.base import Preconditioner, StructuredMatrix
 LARGE = 2**14
 """How many numbers a matrix has at least that copying a product of it takes longer than starting an operator."""
 
+WIDE = 2**15
+"""How many numbers the rows of a block have at least that the layout of X counts more than a product for each."""
+
 
 @dataclass(eq=False, repr=False)
 class BlockDiagonal(StructuredMatrix):
@@ -55,7 +58,7 @@ class BlockDiagonal(StructuredMatrix):
         # Both products into one place, instead of a copy of them. By rows, torch multiplies all blocks at once.
         # Large ones are better off in the layout of X: that of a gradient's transpose, so that a weight, which
         # is stored by rows, will not be met column by column.
-        out = torch.empty_like(X) if top[0].numel() >= 2 * LARGE else X.new_empty(X.shape)
+        out = torch.empty_like(X) if top[0].numel() >= WIDE else X.new_empty(X.shape)
         head, tail = self._split(out)
         torch.bmm(blocks, top, out=head)
         torch.mm(last, bottom, out=tail)
