@@ -17,11 +17,13 @@ from workloads import Workload
 import singd
 
 STEPS = 1000
-PAIRS = {
-    "as they are": ("block64diagonal", "diagonal"),
-    "dense": ("dense", "dense"),
-    "block30diagonal": ("block30diagonal", "block30diagonal"),
-    "diagonal": ("diagonal", "diagonal"),
+DENSE = ("dense", "dense")
+OURS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    "dense": {"structures": DENSE},
+    "dense, products kept": {"structures": DENSE, "cache_products": True},
+    "block30diagonal": {"structures": ("block30diagonal", "block30diagonal")},
+    "diagonal": {"structures": ("diagonal", "diagonal")},
 }
 
 
@@ -40,11 +42,11 @@ def field(published: Any) -> list[Contender]:
     The factors are updated in every tenth step here; the schedule's share of updates is applied afterwards.
     """
 
-    def ours(pair: tuple[str, str]) -> Callable[[nn.Module], list[torch.optim.Optimizer]]:
-        return lambda m: [singd.SINGD(m, structures=pair, T=PERIOD)]
+    def ours(changed: dict[str, Any]) -> Callable[[nn.Module], list[torch.optim.Optimizer]]:
+        return lambda m: [singd.SINGD(m, T=PERIOD, **changed)]
 
     adamw = Contender("AdamW", lambda m: [AdamW(m.parameters(), lr=1e-3)])
-    mine = [Contender(name, ours(pair), PERIOD, "ours", name) for name, pair in PAIRS.items()]
+    mine = [Contender(name, ours(changed), PERIOD, "ours") for name, changed in OURS.items()]
     if published is None:
         return [adamw, *mine]
     make = c.singd_of(published, "dense", PERIOD, warn_unsupported=False)

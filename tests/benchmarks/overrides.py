@@ -38,6 +38,7 @@ WHAT = {
     "preconditioner": "`preconditioner`: AAᵀ kept, times X",
     "dense": "`dense`: the matrix itself",
     "norm": "`norm`: the Frobenius norm",
+    "spectral_norm": "`spectral_norm`: exact, where the base class estimates",
 }  # fmt: skip
 
 

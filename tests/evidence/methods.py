@@ -198,6 +198,21 @@ def without(name: str, **settings: Any) -> tuple[str, Method]:
     return name, Method(singd(**settings), 3e-3, SMALL)
 
 
+def narrow_blocks(model: nn.Module, lr: float, options: dict[str, Any]) -> SINGD:
+    """The defaults, but blocks no wider than the layer has outputs, so that none takes more than the weight."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": list(layer.parameters()),
+            "structures": (f"block{min(64, len(layer.weight))}diagonal", "diagonal"),
+        }
+        for layer in layers
+    ]
+    theirs = {id(p) for group in groups for p in group["params"]}
+    rest = [p for p in model.parameters() if id(p) not in theirs]
+    return SINGD(model, [*groups, *([{"params": rest}] if rest else [])], lr=lr, **options)
+
+
 # one thing of the defaults changed in each, beside the defaults and AdamW: run with --ablations
 ABLATIONS: dict[str, Method] = {name: METHODS[name] for name in ("AdamW", "SINGD")} | dict(
     (
@@ -211,5 +226,6 @@ ABLATIONS: dict[str, Method] = {name: METHODS[name] for name in ("AdamW", "SINGD
         without("momentum after", momentum_on="direction"),
         without("absolute damping", relative_damping=False),
         without("T = 10", T=10),
+        ("narrow blocks", Method(narrow_blocks, 3e-3, SMALL)),
     )
 )

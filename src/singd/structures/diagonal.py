@@ -32,8 +32,7 @@ class Diagonal(StructuredMatrix):
     def mm(self, X: Tensor) -> Tensor:
         return self.d[:, None] * X
 
-    def tmm(self, X: Tensor) -> Tensor:
-        return self.d[:, None] * X
+    tmm = mm
 
     def compose(self, other: Diagonal) -> Diagonal:
         return Diagonal(self.d * other.d)
@@ -56,14 +55,15 @@ class Diagonal(StructuredMatrix):
     def mm_AAt_(self, X: Tensor) -> Tensor:
         return X.mul_(self.d.square()[:, None])
 
+    def spectral_norm(self, products: int = 8) -> Tensor:
+        return self.max_abs().to(wide_dtype(self.dtype))
+
     def gram(self) -> Diagonal:
         return Diagonal(self.d.square())
 
-    def cogram(self) -> Diagonal:
-        return Diagonal(self.d.square())
+    cogram = gram
 
     def project_congruence(self, rows: Rows) -> Diagonal:
         return Diagonal(self.d.square() * rows.squares())
 
-    def project_cocongruence(self, rows: Rows) -> Diagonal:
-        return self.project_congruence(rows)
+    project_cocongruence = project_congruence
