@@ -257,6 +257,13 @@ def test_the_rates_that_the_page_on_arguments_gives_for_lengths_of_run():
         assert 3 <= FOUND[task, "SINGD", 400]["lr"] / FOUND[task, "SINGD", 5000]["lr"] <= 10.01
     table = "\n".join(lines)
     assert table in (ROOT / "docs" / "choosing.md").read_text(), "\n" + table
+    assert "on each of the three networks on which we" in words("docs/choosing.md")
+    assert not any(key == ("autoencoder", "SINGD, dense", 2000) for key in FOUND)
+    for task in NETWORKS[1:]:
+        dense, blocks, adamw = (
+            ends(task, n, "test", 2000) for n in ("SINGD, dense", "SINGD", "AdamW")
+        )
+        assert dense < min(blocks, adamw)
 
 
 def test_what_the_readme_says_of_longer_runs():
