@@ -128,7 +128,7 @@ for network, marker in zip(NETWORKS, "osD"):
     cost = {r["name"]: r["ms"] for r in defaults[network]["contenders"]}
     shares = {n: ms / cost["AdamW"] for n, ms in cost.items() if n != "AdamW"}
     ax.plot(shares.values(), shares.keys(), marker, label=network)
-    print(network, ", ".join(f"{n} {s:.2f}" for n, s in shares.items()))
+    print(network, *(f"{s:6.2f}  {n}" for n, s in shares.items()), sep="\n")
 ax.axvline(1, color="C7", ls=":")
 ax.set(xscale="log", title="The defaults", xlabel="iteration, AdamW = 1")
 ax.set_xticks(ticks := (1, 1.5, 2, 5, 10), ticks)
