@@ -119,8 +119,8 @@ for network in NETWORKS:
 # What the defaults cost
 # ----------------------
 #
-# Over 1,000 steps of the default schedule, an iteration beside AdamW's: the
-# defaults as they are, and with another structure.
+# Over 1,000 steps of the default schedule, an iteration beside AdamW's.
+# Products :math:`K K^\top` are kept with ``cache_products=True``.
 
 defaults = results["defaults"]
 fig, ax = plt.subplots(figsize=(5.2, 3.4))
@@ -220,9 +220,8 @@ for name in SHOWN[1:]:
 # Memory
 # ------
 #
-# Bytes that are kept between steps on the ViT, over what AdamW keeps. Dense
-# factors keep their products :math:`K K^\top` too, unless
-# ``cache_products=False``.
+# Bytes that are kept between steps on the ViT, over what AdamW keeps, with
+# ``singd.PUBLISHED``: it keeps products, too, unless ``cache_products=False``.
 
 memory = results["memory"]
 kept = {r["name"]: r["bytes"] for r in memory["kept_on_vit"]}
