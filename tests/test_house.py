@@ -12,7 +12,7 @@ from trace_a_step import walk
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "singd"
 FILES = sorted(SOURCE.rglob("*.py"))
-LINES = 4_364
+LINES = 4_362
 """Of code, in all: what there is, and little slack. The aim is less."""
 
 

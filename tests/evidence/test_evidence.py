@@ -246,7 +246,7 @@ def test_the_whole_state_on_each_task_is_what_the_comparison_page_says():
         model, batch = task.model(), next(task.batches(0))
         few = tuple(t[:20] for t in batch)
         before = bytes_alive()
-        optimizer = {**METHODS, **ABLATIONS}[method].make(model, 1e-3, task.options)
+        optimizer = (METHODS | ABLATIONS)[method].make(model, 1e-3, task.options)
         for _ in range(2):
             optimizer.zero_grad()
             task.loss(model, few).backward()
@@ -268,6 +268,10 @@ def test_the_whole_state_on_each_task_is_what_the_comparison_page_says():
             more.append(name)
             assert f"{share:.2f} on the {name}" in readme
     assert more == ["CNN", "regression"]
+
+
+def test_what_narrower_blocks_would_cost_is_what_the_comparison_page_says():
+    text = " ".join((ROOT / "docs/comparison.md").read_text().split())
     tried = json.loads(RESULTS.with_stem(RESULTS.stem + "_ablations").read_text())["summary"]
     ends = {(r["task"], r["method"]): r["test"] for r in tried if r["steps"] == 400}
     for name in ("autoencoder", "batch 128"):

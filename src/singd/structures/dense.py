@@ -53,17 +53,14 @@ class Dense(StructuredMatrix):
 
     def mm_AAt(self, X: Tensor) -> Tensor:
         # One product with a wide X instead of two, as A A^T itself costs half of the second.
-        return self.cogram().mm(X) if 2 * X.shape[1] > self.n else self.mm(self.tmm(X))
+        return self.project(self.a).mm(X) if 2 * X.shape[1] > self.n else self.mm(self.tmm(X))
 
     def preconditioner(self) -> Preconditioner:
-        kept = Dense(self.cogram().a.contiguous())  # without the room behind its rows
+        kept = Dense(self.project(self.a).a.contiguous())  # without the room behind its rows
         return Preconditioner(kept.mm, self.dtype)
 
     def gram(self) -> Dense:
         return Dense(matmul_symmetric(self.a.T, self.a))
-
-    def cogram(self) -> Dense:
-        return self.project(self.a)
 
     def project_congruence(self, rows: Rows) -> Dense:
         # Rows first takes m n^2 more multiplications, R^T R first n^3 (with halves).

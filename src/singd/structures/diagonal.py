@@ -56,6 +56,7 @@ class Diagonal(StructuredMatrix):
         return X.mul_(self.d.square()[:, None])
 
     def spectral_norm(self, products: int = 8) -> Tensor:
+        # exact, however many products there are
         return self.max_abs().to(wide_dtype(self.dtype))
 
     def gram(self) -> Diagonal:
